@@ -1,0 +1,225 @@
+"""The `distlm` command: thin verbs over the config, the run folder and the launchers.
+
+Nothing heavy is imported before a verb is known: `distlm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distlm import __version__
+from distlm.errors import DistlmError, ExitCode, InputError
+
+if TYPE_CHECKING:
+    from distlm.run_folder import RunFolder
+
+_EPILOG = """exit codes: 0 succeeded; 1 failed, would fail again; 2 bad input; 3 infrastructure failed;
+75 preempted, continue with resume; 130 cancelled"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; errors made on purpose end as text on stderr, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.verb(options))
+    except DistlmError as error:
+        for line in str(error).splitlines():
+            print(f"distlm: {line}", file=sys.stderr)
+        return int(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone: `distlm schema | head`
+        return int(ExitCode.SUCCEEDED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distlm", description="One YAML file describes a training run; distlm trains it.", epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"distlm {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    submit = verbs.add_parser("submit", help="train a run from its config")
+    submit.add_argument("config", type=Path, help="YAML file")
+    submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
+    submit.set_defaults(verb=_submit)
+
+    resume = verbs.add_parser("resume", help="continue a run from its last good checkpoint")
+    resume.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    resume.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    resume.set_defaults(verb=_resume)
+    for verb in (submit, resume):
+        verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.max_steps=1000")
+        verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
+
+    validate = verbs.add_parser("validate", help="check a config and its local files, listing all problems")
+    validate.add_argument("config", type=Path, help="YAML file")
+    validate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    validate.set_defaults(verb=_validate)
+
+    schema = verbs.add_parser("schema", help="print the JSON Schema of the config, for editors")
+    schema.set_defaults(verb=_schema)
+
+    ui = verbs.add_parser("ui", help="open the MLflow UI on the embedded store")
+    ui.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--host", default="127.0.0.1")
+    ui.set_defaults(verb=_ui)
+
+    sync = verbs.add_parser("sync", help="send to MLflow what it has not had yet of a run")
+    sync.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    sync.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    sync.set_defaults(verb=_sync)
+    return parser
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from distlm.config.attempt import Attempt, create_run
+    from distlm.config.load import load_config
+    from distlm.launchers.local import LocalLauncher
+    from distlm.run_folder import RunFolder, new_run_id
+
+    launcher = LocalLauncher()
+    loaded = load_config(options.config, options.overrides, launcher.check)
+    run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
+    request = launcher.build(loaded.config, run)
+    if options.dry_run:
+        import yaml
+
+        from distlm.config.resolve import resolved_tree
+
+        print(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
+        print(f"# {request}")
+        return ExitCode.SUCCEEDED
+    _create(run)
+    create_run(loaded, run)
+    attempt = run.new_attempt()
+    Attempt(
+        target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides,
+        origins=loaded.origins,
+    ).write(attempt)  # fmt: skip
+    print(f"run {run.run_id} in {os.path.relpath(run.path)}", flush=True)
+    code = launcher.submit(request, attempt, options.detach)
+    return _report(run, code) if not options.detach else code
+
+
+def _create(run: RunFolder) -> None:
+    try:
+        run.path.mkdir(parents=True)
+    except OSError as error:
+        from distlm.errors import Problem
+
+        raise InputError(Problem(f"cannot create the folder of the run: {error.strerror}", "runs_dir",
+                                 str(run.runs_dir))) from None  # fmt: skip
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from distlm.config.attempt import Attempt, changed_config
+    from distlm.launchers.local import LocalLauncher
+
+    run = find_run(options.runs_dir, options.run)
+    launcher = LocalLauncher()
+    loaded, changes = changed_config(run, options.overrides, launcher.check)
+    last = _last_result(run)
+    if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
+        print(f"run {run.run_id} has succeeded; nothing to do")
+        return ExitCode.SUCCEEDED
+    attempt = run.new_attempt()
+    Attempt(
+        target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides, changes=changes
+    ).write(attempt)
+    print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
+    code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
+    return _report(run, code) if not options.detach else code
+
+
+def _last_result(run: RunFolder) -> dict[str, object] | None:
+    from distlm.run_folder import read_json
+
+    attempts = run.attempts()
+    result: dict[str, object] | None = read_json(attempts[-1].result_json) if attempts else None
+    return result
+
+
+def _report(run: RunFolder, code: int) -> int:
+    """Say how the attempt ended, from its result.json."""
+    from distlm.errors import Problem
+    from distlm.run_folder import read_json
+
+    result = read_json(run.attempts()[-1].result_json)
+    where = os.path.relpath
+    if code == ExitCode.SUCCEEDED:
+        print(f"succeeded: model in {where(run.model)}; curves: distlm ui --runs-dir {where(run.runs_dir)}")
+        return code
+    if result["problems"]:
+        for problem in result["problems"]:
+            print(f"distlm: {Problem.from_json(problem)}", file=sys.stderr)
+        return code
+    place = f" on rank {result['rank']} ({result['host']})" if result.get("rank") is not None else ""
+    print(f"distlm: {result['state']}{place}: {result['message']}", file=sys.stderr)
+    print(f"distlm: log: {where(result['log'])}", file=sys.stderr)
+    if any(run.checkpoints.glob("step-*")):
+        print(f"distlm: continue with: distlm resume {run.run_id}", file=sys.stderr)
+    return code
+
+
+def find_run(runs_dir: Path, name: str) -> RunFolder:
+    """The run named by its id, a beginning of it, its folder, or 'last'. Raises InputError unless it is exactly one."""
+    from distlm.run_folder import RunFolder
+
+    if (Path(name) / "run.yaml").is_file():
+        return RunFolder(Path(name).absolute())
+    known = sorted(path.parent for path in runs_dir.absolute().glob("*/run.yaml"))
+    found = known[-1:] if name == "last" else [path for path in known if path.name.startswith(name)]
+    if len(found) == 1:
+        return RunFolder(found[0])
+    if not found:
+        newest = ", ".join(path.name for path in known[-5:]) or "none"
+        raise InputError(
+            f"there is no run {name} in {runs_dir} (newest runs: {newest}); use --runs-dir for another folder"
+        )
+    raise InputError(f"{name} is the beginning of {len(found)} runs: {', '.join(path.name for path in found[:5])}")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from distlm.config.load import load_config
+    from distlm.config.resolve import batch_plan
+    from distlm.launchers.local import LocalLauncher
+
+    config = load_config(options.config, options.overrides, LocalLauncher().check).config
+    plan = batch_plan(config)
+    print(
+        f"{options.config}: valid. {plan.global_batch} samples per step = {plan.micro_batch} per forward pass x "
+        f"{plan.world_size} workers x {plan.accumulation_steps} accumulation steps; ZeRO stage "
+        f"{config.deepspeed.zero_stage}, {config.training.mixed_precision}"
+    )
+    return ExitCode.SUCCEEDED
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from distlm.config.schema import RunConfig
+
+    print(
+        json.dumps(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}, indent=2
+        )
+    )
+    return ExitCode.SUCCEEDED
+
+
+def _ui(options: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _sync(options: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""attempt.yaml: what is particular to one attempt of a run, and the config that follows from it and run.yaml.
+
+Client and controller meet here: the client writes run.yaml and attempt.yaml, the controller and its workers read them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+from distlm.config.load import LoadedConfig, load_tree
+from distlm.config.resolve import refuse_changes, resolved_tree
+from distlm.config.schema import RunConfig
+from distlm.errors import InputError, Problem
+from distlm.run_folder import AttemptFolder, RunFolder, read_yaml, write_yaml
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The content of attempt.yaml."""
+
+    target: str
+    distlm_version: str
+    overrides: list[str] = field(default_factory=list)
+    """Overrides on the command line of this attempt."""
+    changes: list[str] = field(default_factory=list)
+    """Overrides to apply to run.yaml: those of this resume and of the resumes before it."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Key -> "file:line" where the user wrote it, for messages."""
+
+    def write(self, folder: AttemptFolder) -> None:
+        write_yaml(folder.attempt_yaml, asdict(self))
+
+    @classmethod
+    def read(cls, folder: AttemptFolder) -> Attempt:
+        return cls(**read_yaml(folder.attempt_yaml))
+
+
+def create_run(loaded: LoadedConfig, run: RunFolder) -> None:
+    """Write run.yaml: every key, defaults included, `${VAR}` as written. It is never changed afterwards."""
+    write_yaml(run.run_yaml, resolved_tree(loaded.config, loaded.raw))
+
+
+def load_attempt(run: RunFolder, folder: AttemptFolder) -> LoadedConfig:
+    """The config of an attempt. Raises InputError, for example for an environment variable that is not set here."""
+    attempt = Attempt.read(folder)
+    return load_tree(read_yaml(run.run_yaml), attempt.changes, origins=attempt.origins)
+
+
+def changed_config(
+    run: RunFolder, overrides: list[str], check: Callable[[RunConfig], Iterator[Problem]]
+) -> tuple[LoadedConfig, list[str]]:
+    """The config of the next attempt of an existing run, and its cumulated changes.
+
+    Raises InputError, naming each key, if the overrides would make it another run.
+    """
+    previous = run.attempts()
+    changes = [*Attempt.read(previous[-1]).changes, *overrides] if previous else list(overrides)
+    tree = read_yaml(run.run_yaml)
+    loaded = load_tree(copy.deepcopy(tree), changes, check)
+    if refused := list(refuse_changes(tree, resolved_tree(loaded.config, loaded.raw))):
+        raise InputError(*refused)
+    return loaded, changes

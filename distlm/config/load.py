@@ -1,0 +1,410 @@
+"""From YAML text and `key.sub=value` overrides to a RunConfig, with every problem of the input found at once.
+
+The values as written (with their `${VAR}` unexpanded) are kept beside the validated config: they are what is stored,
+logged and printed, so that a secret in the environment stays there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distlm.config.schema import RunConfig
+from distlm.errors import InputError, Problem
+
+Key = tuple[str | int, ...]
+"""Path of a value in the tree: ("data", "train", 0, "paths")."""
+
+_MAX_NODES = 100_000
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid config, the tree it was read from, and where each of its values was written."""
+
+    config: RunConfig
+    """Validated, environment variables expanded."""
+    raw: dict[str, Any]
+    """The tree as the user wrote it, overrides applied, `${VAR}` unexpanded."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Dotted key -> "file:line" or "command line"."""
+
+
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    check: Callable[[RunConfig], Iterator[Problem]] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> LoadedConfig:
+    """Read, override, expand and validate. `check` finds what is wrong between keys; its problems join the others.
+
+    Raises InputError with all problems of the file, each with file and line, key and value as written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(Problem(f"cannot read the config: {error.strerror}", location=str(path))) from None
+    except UnicodeDecodeError as error:
+        raise InputError(Problem(f"not a UTF-8 text file (byte {error.start})", location=str(path))) from None
+    raw, origins = parse_yaml(text, str(path))
+    problems = [p for item in overrides for p in _apply_override(raw, origins, item)]
+    return _validate(raw, origins, problems, check, environ, default_location=str(path))
+
+
+def load_tree(
+    raw: dict[str, Any],
+    overrides: Sequence[str] = (),
+    check: Callable[[RunConfig], Iterator[Problem]] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    origins: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """The same for a tree that was read before, such as that of run.yaml."""
+    known = dict(origins or {})
+    problems = [p for item in overrides for p in _apply_override(raw, known, item)]
+    return _validate(raw, known, problems, check, environ, default_location="")
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, and `no` and `on` are words, not booleans."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", "-+.0123456789"),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of an override or of an environment variable: any YAML."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree and the origin ("name:line") of each of its keys. Raises InputError for what is no mapping of keys."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise InputError(Problem("the config is empty", location=name))
+        origins: dict[str, str] = {}
+        duplicates = list(_locate(node, (), name, origins, set()))
+        if duplicates:
+            raise InputError(*duplicates)
+        tree = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        message = f"not valid YAML: {error.problem or error.context}"
+        if "could not determine a constructor" in message:
+            message += "; only plain YAML is read, no tags that create objects"
+        raise InputError(Problem(message, location=where)) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(Problem(f"not valid YAML: {error}", location=name)) from None
+    if not isinstance(tree, dict):
+        raise InputError(Problem(f"must be a mapping of keys to values, not a {type(tree).__name__}", location=name))
+    return tree, origins
+
+
+def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_nodes: set[int]) -> Iterator[Problem]:
+    """Note the line of every key; yield keys that stand twice, which YAML would silently let the last one win."""
+    if len(origins) > _MAX_NODES or id(node) in open_nodes:
+        raise InputError(Problem("too large or refers to itself", location=name))
+    open_nodes = open_nodes | {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            part = str(key_node.value)
+            if part in seen:
+                yield Problem(
+                    f"is given twice, first in line {seen[part]}", _dotted((*key, part)), "", f"{name}:{line}"
+                )
+            seen[part] = line
+            origins[_dotted((*key, part))] = f"{name}:{line}"
+            yield from _locate(value_node, (*key, part), name, origins, open_nodes)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            origins[_dotted((*key, index))] = f"{name}:{item.start_mark.line + 1}"
+            yield from _locate(item, (*key, index), name, origins, open_nodes)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+# --- overrides and environment ---------------------------------------------------------------------------------------
+
+
+def _apply_override(tree: dict[str, Any], origins: dict[str, str], item: str) -> Iterator[Problem]:
+    """Set one `key.sub=value` in the tree; `key.0.sub` reaches into lists."""
+    dotted, equals, text = item.partition("=")
+    here = "command line"
+    if not equals or not dotted or "" in dotted.split("."):
+        yield Problem(f"{item!r} is not an override; write key.sub=value", location=here)
+        return
+    try:
+        value = parse_scalar(text)
+    except yaml.YAMLError:
+        yield Problem("the value is not valid YAML; quote it", dotted, text, here)
+        return
+    *parents, last = dotted.split(".")
+    place: Any = tree
+    for depth, part in enumerate([*parents, last]):
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                where = ".".join(dotted.split(".")[:depth])
+                yield Problem(f"{where} is a list of {len(place)}; use an index below that", dotted, text, here)
+                return
+        elif not isinstance(place, dict):
+            where = ".".join(dotted.split(".")[:depth])
+            yield Problem(f"{where} is a plain value and has no keys below it", dotted, text, here)
+            return
+        index: Any = int(part) if isinstance(place, list) else part
+        if depth == len(parents):
+            place[index] = value
+        else:
+            if isinstance(place, dict) and place.get(index) is None:
+                place[index] = {}
+            place = place[index]
+    for known in [key for key in origins if key.startswith(dotted + ".")]:
+        del origins[known]
+    origins[dotted] = here
+
+
+class _FromEnvironment(str):
+    """Text that an environment variable gave: read as a number or boolean where the schema asks for one."""
+
+
+def _expand(value: Any, key: Key, environ: Mapping[str, str], problems: list[tuple[Key, str]]) -> Any:
+    if isinstance(value, dict):
+        return {name: _expand(item, (*key, name), environ, problems) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, (*key, index), environ, problems) for index, item in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    names = _VARIABLE.findall(value)
+    if len(names) != value.count("${"):
+        problems.append((key, "has a '${' that does not begin a ${NAME} of letters, digits and underscores"))
+        return value
+    missing = [name for name in names if name not in environ]
+    if missing:
+        problems.append((key, f"environment variable {', '.join(missing)} is not set"))
+        return value
+    return _FromEnvironment(_VARIABLE.sub(lambda match: environ[match[1]], value))
+
+
+def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
+    """Re-read as YAML those environment values that the schema refused as text. True if any was changed."""
+    changed = False
+    for error in errors:
+        place, last = tree, error["loc"][-1] if error["loc"] else None
+        for part in _strip_tags(tree, error["loc"])[:-1]:
+            place = place[part]
+        try:
+            value = place[last]
+        except (KeyError, IndexError, TypeError):
+            continue
+        if isinstance(value, _FromEnvironment):
+            try:
+                place[last] = parse_scalar(value)
+            except yaml.YAMLError:
+                place[last] = str(value)
+            changed = True
+    return changed
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _validate(
+    raw: dict[str, Any],
+    origins: dict[str, str],
+    problems: list[Problem],
+    check: Callable[[RunConfig], Iterator[Problem]] | None,
+    environ: Mapping[str, str],
+    default_location: str,
+) -> LoadedConfig:
+    def located(problem: Problem) -> Problem:
+        key: Key = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
+        return replace(
+            problem,
+            value=problem.value or _shown(_lookup(raw, key)),
+            location=problem.location or locate(origins, problem.key) or default_location,
+        )
+
+    unset: list[tuple[Key, str]] = []
+    tree = _expand(raw, (), environ, unset)
+    problems = [*problems, *(located(Problem(message, _dotted(key))) for key, message in unset)]
+    config, errors = _try(tree)
+    if errors and _parse_from_environment(tree, errors):
+        config, errors = _try(tree)
+    unset_keys = {_dotted(key) for key, _ in unset}
+    for error in errors:
+        key = _key_of(tree, error)
+        if _dotted(key) not in unset_keys:
+            problems.append(located(Problem(_message(error, key), _dotted(key))))
+    # What several keys say about each other is checked on what is left without the refused keys, so that one wrong
+    # key does not hide the other problems.
+    refused = {_dotted(_strip_tags(tree, error["loc"])) for error in errors} | unset_keys
+    while config is None and (wrong := [key for error in errors if (key := _strip_tags(tree, error["loc"]))]):
+        if not all(_remove(tree, key) for key in sorted(wrong, key=_dotted, reverse=True)):
+            break
+        config, errors = _try(tree)
+    if config is not None and check is not None:
+        problems.extend(located(problem) for problem in check(config) if problem.key not in refused)
+    if problems or config is None:
+        raise InputError(*sorted(set(problems), key=_by_location))
+    return LoadedConfig(config, raw, origins)
+
+
+def _try(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
+    try:
+        return RunConfig.model_validate(tree), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False, include_input=False, include_context=True)
+
+
+def _by_location(problem: Problem) -> tuple[str, int, str]:
+    name, _, line = problem.location.rpartition(":")
+    return (name, int(line), problem.key) if line.isdigit() else (problem.location, 0, problem.key)
+
+
+def _lookup(tree: Any, key: Key) -> Any:
+    for part in key:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
+
+
+def _remove(tree: Any, key: Key) -> bool:
+    """Take a value out of the tree; False if it is not there (a required key that is missing)."""
+    parent = _lookup(tree, key[:-1])
+    try:
+        del parent[key[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def locate(origins: Mapping[str, str], dotted: str) -> str:
+    """Where a key was written: itself, or something below it, or else the nearest section around it."""
+    if dotted not in origins:
+        for known, where in origins.items():
+            if known.startswith(dotted + "."):
+                return where
+    key = dotted.split(".")
+    for length in range(len(key), 0, -1):
+        if found := origins.get(".".join(key[:length])):
+            return found
+    return ""
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, (dict, list)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = redact(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def redact(text: str) -> str:
+    """The text without the user name and password that a URI in it may carry."""
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+
+
+def _key_of(tree: Any, error: dict[str, Any]) -> Key:
+    """The user's key that an error is about."""
+    key = _strip_tags(tree, error["loc"])
+    return (*key, error["ctx"]["discriminator"].strip("'")) if error["type"] == "union_tag_invalid" else key
+
+
+def _strip_tags(tree: Any, loc: tuple[str | int, ...]) -> Key:
+    """pydantic's place of an error without the names of union members, which are no keys of the user's."""
+    key: Key = ()
+    place = tree
+    for position, part in enumerate(loc):
+        is_tag = isinstance(part, str) and isinstance(place, dict) and place.get("source") == part
+        if is_tag and position and isinstance(loc[position - 1], int):
+            continue
+        key = (*key, part)
+        place = _lookup(place, (part,))
+    return key
+
+
+def _message(error: dict[str, Any], key: Key) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key; {_nearest(key)}"
+    if kind == "missing":
+        return "is required"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind == "union_tag_invalid":
+        return f"must be one of {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"needs the key {context['discriminator']}"
+    if kind == "bool_type":
+        return "must be true or false"
+    return str(error["msg"]).replace("Input should be", "must be")
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, list):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
+def _fields_at(key: Key) -> dict[str, Any]:
+    """The legal keys at a place of the tree, with their annotations."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in key:
+        if isinstance(part, str):
+            found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+            models = [model for annotation in found for model in _models_in(annotation)]
+    return {name: info.annotation for model in models for name, info in model.model_fields.items()}
+
+
+def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(info.annotation):
+            yield from all_keys(inner, f"{prefix}{name}.")
+
+
+def _nearest(key: Key) -> str:
+    """Advice for an unknown key: the nearest legal name here, else the place where that name is legal."""
+    name, legal = str(key[-1]), list(_fields_at(key[:-1]))
+    if close := difflib.get_close_matches(name, legal, n=1, cutoff=0.6):
+        return f"did you mean {_dotted((*key[:-1], close[0]))}?"
+    elsewhere = {full.rpartition(".")[2]: full for full in all_keys()}
+    if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
+        return f"did you mean {elsewhere[close[0]]}?"
+    return f"allowed here: {', '.join(legal)}"

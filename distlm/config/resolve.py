@@ -1,0 +1,244 @@
+"""Arithmetic on a valid config: what several keys say about each other, and what follows from them for the workers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from distlm.config.schema import RunConfig
+from distlm.errors import Problem
+
+MAY_CHANGE_ON_RESUME = (
+    "resources.", "tracking.", "runs_dir", "env", "training.max_steps", "training.num_train_epochs",
+    "training.save_steps", "training.save_total_limit", "training.eval_steps", "training.max_eval_samples",
+    "training.per_device_eval_batch_size", "training.logging_steps",
+)  # fmt: skip
+"""Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
+
+NOT_SEMANTICS = ("name", "resources.", "tracking.", "runs_dir", "env")
+"""Keys that say where a run happens and what it is called, not what is trained."""
+
+# BertConfig's keys as of transformers 5.23, so that a typo is found without importing transformers; a test holds them
+# equal. Other architectures are checked against their own class by the controller's preflight.
+BERT_KEYS = frozenset((
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+    "initializer_range", "layer_norm_eps", "pad_token_id", "use_cache", "classifier_dropout", "is_decoder",
+    "add_cross_attention", "bos_token_id", "eos_token_id", "tie_word_embeddings",
+))  # fmt: skip
+_BERT_DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512}
+_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the samples of one optimizer step are divided. All numbers are exact:
+    global_batch = micro_batch x micro_batches, micro_batches = world_size x accumulation_steps."""
+
+    global_batch: int
+    """Samples per optimizer step over all workers."""
+    micro_batch: int
+    """Samples per forward pass on one worker."""
+    world_size: int
+    """Number of workers."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per step over all workers; micro batch m covers the samples from m x micro_batch on."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes per step on one worker."""
+        return self.micro_batches // self.world_size
+
+
+def batch_plan(config: RunConfig) -> BatchPlan:
+    training = config.training
+    return BatchPlan(
+        training.global_train_batch_size, training.per_device_train_batch_size, config.resources.num_workers
+    )
+
+
+def legal_world_sizes(micro_batches: int) -> list[int]:
+    """Numbers of workers that divide the micro batches of a step evenly."""
+    return [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+
+
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
+    """Warm-up in steps: as given, or (below 1) as a share of all steps."""
+    given = config.training.warmup_steps
+    return round(given * total_steps) if given < 1 else int(given)
+
+
+def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[Problem]:
+    """What is wrong between keys that are each legal. `gpu_count`: GPUs of this machine; None: not known here."""
+    training, deepspeed, resources = config.training, config.deepspeed, config.resources
+    yield from _batch(config)
+    yield from _model(config)
+
+    if (training.max_steps is None) == (training.num_train_epochs is None):
+        which = "neither is" if training.max_steps is None else "both are"
+        yield Problem(f"give exactly one of training.max_steps and training.num_train_epochs; {which} given",
+                      "training.max_steps")  # fmt: skip
+    if training.warmup_steps >= 1 and training.warmup_steps != int(training.warmup_steps):
+        yield Problem("must be a whole number of steps, or a share below 1", "training.warmup_steps")
+    if (
+        training.lr_scheduler_type == "constant"
+        and training.warmup_steps
+        and "warmup_steps" in training.model_fields_set
+    ):
+        yield Problem("the schedule constant has no warm-up; use constant_with_warmup, or leave this out",
+                      "training.warmup_steps")  # fmt: skip
+    if training.lr_scheduler_type in ("constant", "constant_with_warmup") and training.lr_scheduler_kwargs:
+        yield Problem(f"the schedule {training.lr_scheduler_type} takes no arguments", "training.lr_scheduler_kwargs")
+    if training.max_steps is not None and training.warmup_steps > training.max_steps:
+        yield Problem(f"is longer than training.max_steps = {training.max_steps}", "training.warmup_steps")
+
+    if deepspeed.offload_param_device != "none" and deepspeed.zero_stage != 3:
+        yield Problem(f"parameters can be offloaded at deepspeed.zero_stage 3 only, not {deepspeed.zero_stage}",
+                      "deepspeed.offload_param_device")  # fmt: skip
+    if deepspeed.offload_optimizer_device != "none" and deepspeed.zero_stage == 0:
+        yield Problem("the optimizer can be offloaded at deepspeed.zero_stage 1, 2 or 3, not 0",
+                      "deepspeed.offload_optimizer_device")  # fmt: skip
+
+    on_cpu = resources.device == "cpu" or (resources.device == "auto" and gpu_count == 0)
+    if training.mixed_precision == "fp16" and on_cpu:
+        yield Problem("fp16 needs a GPU, and the workers run on CPUs; use bf16 or no", "training.mixed_precision")
+    elif training.mixed_precision == "fp16" and deepspeed.zero_stage == 0:
+        yield Problem(
+            "fp16 needs deepspeed.zero_stage 1, 2 or 3; at stage 0 use bf16 or no", "training.mixed_precision"
+        )
+    if config.model.attn_implementation == "flash_attention_2" and on_cpu:
+        yield Problem("flash_attention_2 needs a GPU, and the workers run on CPUs; use sdpa or eager",
+                      "model.attn_implementation")  # fmt: skip
+    if config.model.attn_implementation == "flash_attention_2" and training.mixed_precision == "no":
+        yield Problem("flash_attention_2 computes in bf16 or fp16, not in fp32; set training.mixed_precision",
+                      "model.attn_implementation")  # fmt: skip
+    if resources.device == "cuda" and gpu_count == 0:
+        yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
+    elif not on_cpu and gpu_count and resources.num_workers > gpu_count:
+        yield Problem(f"this machine has {gpu_count} GPUs, and each worker needs one", "resources.num_workers")
+
+    if config.tokenizer.name_or_path and config.tokenizer.train:
+        yield Problem("give tokenizer.name_or_path or tokenizer.train, not both", "tokenizer.name_or_path")
+    if config.model.config is not None and not (config.tokenizer.name_or_path or config.tokenizer.train):
+        yield Problem("a model from scratch needs a tokenizer: give tokenizer.name_or_path (a folder or Hub name) or "
+                      "tokenizer.train: {vocab_size: ...}", "tokenizer")  # fmt: skip
+    if config.data.validation and "validation_fraction" in config.data.model_fields_set:
+        yield Problem("has no meaning beside data.validation; give one of the two", "data.validation_fraction")
+    if training.eval_steps and not config.data.validation and not config.data.validation_fraction:
+        yield Problem("there is nothing to evaluate on: give data.validation or data.validation_fraction",
+                      "training.eval_steps")  # fmt: skip
+    if config.tracking.registered_model_name and not config.tracking.log_model:
+        yield Problem("a model is registered only if tracking.log_model is true", "tracking.registered_model_name")
+
+
+def _batch(config: RunConfig) -> Iterator[Problem]:
+    plan = batch_plan(config)
+    if plan.global_batch % plan.micro_batch:
+        yield Problem(
+            f"{plan.global_batch} samples per step are no multiple of training.per_device_train_batch_size = "
+            f"{plan.micro_batch}",
+            "training.global_train_batch_size",
+        )
+    elif plan.micro_batches % plan.world_size:
+        sizes = ", ".join(map(str, legal_world_sizes(plan.micro_batches)[:12]))
+        yield Problem(
+            f"{plan.global_batch} samples per step cannot be divided by training.per_device_train_batch_size = "
+            f"{plan.micro_batch} x resources.num_workers = {plan.world_size}; workers that divide it: {sizes}",
+            "training.global_train_batch_size",
+        )
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    keys = config.model.config
+    if (keys is None) == (config.model.name_or_path is None):
+        which = "neither is" if keys is None else "both are"
+        yield Problem(f"give exactly one of model.name_or_path (pretrained) and model.config (from scratch); {which} "
+                      "given", "model")  # fmt: skip
+    if keys is None:
+        return
+    model_type = keys.get("model_type")
+    if not isinstance(model_type, str):
+        yield Problem("needs model_type, the transformers name of the architecture, such as bert", "model.config")
+        return
+    counts = {name: value for name in _COUNTS if (value := keys.get(name)) is not None}
+    bad = {name for name, value in counts.items() if not _is_count(value)}
+    for name in sorted(bad):
+        yield Problem("must be a whole number above 0", f"model.config.{name}")
+    if model_type == "bert":
+        for name in keys:
+            if name not in BERT_KEYS and name != "model_type":
+                yield Problem(f"unknown key; {nearest_name(str(name), BERT_KEYS)}", f"model.config.{name}")
+        keys = {**_BERT_DEFAULTS, **keys}
+    hidden, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
+    if _is_count(hidden) and _is_count(heads) and hidden % heads:
+        yield Problem(f"{hidden} is no multiple of model.config.num_attention_heads = {heads}",
+                      "model.config.hidden_size")  # fmt: skip
+    positions = keys.get("max_position_embeddings")
+    if _is_count(positions) and config.data.max_seq_length > positions:
+        yield Problem(f"{config.data.max_seq_length} tokens are more than model.config.max_position_embeddings = "
+                      f"{positions}", "data.max_seq_length")  # fmt: skip
+    vocab_size, trained = keys.get("vocab_size"), config.tokenizer.train
+    if _is_count(vocab_size) and trained and trained.vocab_size > vocab_size:
+        yield Problem(f"is smaller than tokenizer.train.vocab_size = {trained.vocab_size}; leave it out and it follows "
+                      "the tokenizer", "model.config.vocab_size")  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def nearest_name(name: str, legal: Any) -> str:
+    """Advice on a name that is not one of the legal ones."""
+    close = difflib.get_close_matches(name, list(legal), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(sorted(legal))}"
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"training": {"seed": 1}} -> {"training.seed": 1}. Lists are one value."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {
+        key: value
+        for name, inner in tree.items()
+        for key, value in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def resolved_tree(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
+    """Every key with its value, defaults included, but `${VAR}` as the user wrote it: what run.yaml holds."""
+
+    def keep_variables(value: Any, written: Any) -> Any:
+        if isinstance(value, dict):
+            under = written if isinstance(written, dict) else {}
+            return {name: keep_variables(item, under.get(name)) for name, item in value.items()}
+        if isinstance(value, list) and isinstance(written, list):
+            return [keep_variables(*pair) for pair in zip(value, written, strict=True)]
+        return written if isinstance(written, str) and "${" in written else value
+
+    kept: dict[str, Any] = keep_variables(config.model_dump(mode="json"), raw)
+    return kept
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Problem]:
+    """What a resume would change though it makes another run; `old` and `new` are resolved trees."""
+    before, after = flatten(old), flatten(new)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME):
+            yield Problem(f"cannot be changed on resume (the run has {before.get(key)}): submit a new run instead", key)
+
+
+def semantic_params(tree: dict[str, Any]) -> dict[str, str]:
+    """The training semantics of a resolved tree as flat text, for MLflow's parameters."""
+    return {
+        key: "" if value is None else str(value)
+        for key, value in flatten(tree).items()
+        if not key.startswith(NOT_SEMANTICS)
+    }

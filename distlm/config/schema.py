@@ -1,0 +1,232 @@
+"""The config of a run: one frozen tree, a docstring and a unit for every key, Hugging Face names throughout.
+
+Only what one key can say about itself is checked here; what several keys say about each other is in `resolve.py`.
+The docstrings are the documentation: `distlm schema` prints them for editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False,
+        protected_namespaces=(),
+    )  # fmt: skip
+
+
+class MaskedLMTask(Section):
+    """Masked language modelling (BERT): predict tokens that were hidden, chosen anew in every epoch."""
+
+    type: Literal["masked-lm"] = "masked-lm"
+    """Name of the task."""
+    mlm_probability: Probability = 0.30
+    """Share of tokens to predict in training; 0.30 as in MosaicBERT and ModernBERT. 80 % of them become [MASK], 10 % a
+    random token, 10 % stay."""
+    eval_mlm_probability: Probability = 0.15
+    """Share of tokens to predict in evaluation; 0.15 as in BERT, so that results compare across training settings."""
+
+
+class ModelConfig(Section):
+    """The model: a pretrained one (`name_or_path`) or one from scratch (`config`), exactly one of the two."""
+
+    name_or_path: NonEmptyStr | None = None
+    """Folder or Hub name of a pretrained model that `AutoModelForMaskedLM.from_pretrained` loads."""
+    config: dict[str, Any] | None = None
+    """From scratch: `model_type` and any keys of that model's transformers config. `vocab_size` follows the tokenizer
+    where it is not given."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel, by transformers' name."""
+
+
+class TrainedTokenizer(Section):
+    """A WordPiece tokenizer trained from the training text."""
+
+    vocab_size: Annotated[int, Field(ge=100)] = 30_522
+    """Number of tokens, special tokens included."""
+    lowercase: bool = True
+    """Lowercase the text and strip accents, as uncased BERT does."""
+    max_documents: PositiveInt | None = 100_000
+    """Documents to learn the vocabulary from; null: all."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: an existing one (`name_or_path`) or one trained from the corpus (`train`). Where neither is
+    given, a pretrained model's own tokenizer is used."""
+
+    name_or_path: NonEmptyStr | None = None
+    """Folder or Hub name of a fast tokenizer."""
+    train: TrainedTokenizer | None = None
+    """Train a tokenizer from the training text."""
+
+
+class FilesSource(Section):
+    """Local text files: .txt (paragraphs separated by blank lines), .jsonl, .csv, .tsv, .parquet."""
+
+    source: Literal["files"]
+    """Kind of source."""
+    paths: Annotated[list[NonEmptyStr], Field(min_length=1)]
+    """Files, folders or globs, relative to the current folder."""
+    text_column: NonEmptyStr = "text"
+    """Key or column that holds the text (not used for .txt)."""
+    max_documents: PositiveInt | None = None
+    """Read only that many documents; null: all."""
+
+
+class PythonDocsSource(Section):
+    """Documentation strings of the Python standard library and the installed packages: real English text on every
+    machine. The files are parsed, nothing is imported."""
+
+    source: Literal["python-docs"]
+    """Kind of source."""
+    packages: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
+    """Top-level package names; null: the standard library and everything installed."""
+    max_documents: PositiveInt | None = None
+    """Read only that many documents; null: all."""
+
+
+Source = Annotated[FilesSource | PythonDocsSource, Field(discriminator="source")]
+
+
+class DataConfig(Section):
+    """The text to train on and how it is cut into samples."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Sources of training text, used together."""
+    validation: list[Source] = []
+    """Sources of held-out text; empty: `validation_fraction` of the training documents is held out."""
+    validation_fraction: Fraction = 0.01
+    """Share of the training documents held out for evaluation where `validation` is empty; 0: no evaluation."""
+    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens in a sample, special tokens included. Documents are packed, so that every sample is full."""
+
+
+class TrainingConfig(Section):
+    """The optimization. Names and meanings are those of transformers' TrainingArguments where it has them."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps to train in all. Exactly one of `max_steps` and `num_train_epochs` is given."""
+    num_train_epochs: PositiveFloat | None = None
+    """Passes over the training samples."""
+    global_train_batch_size: PositiveInt = 256
+    """Samples per optimizer step over all workers; constant, whatever the number of workers."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Samples per forward pass on one worker (the micro batch). The gradient accumulation steps follow:
+    global_train_batch_size / (per_device_train_batch_size x workers)."""
+    per_device_eval_batch_size: PositiveInt = 16
+    """Samples per forward pass on one worker in evaluation."""
+    learning_rate: PositiveFloat = 5e-4
+    """Highest learning rate of the schedule."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    """Shape of the learning-rate schedule, by transformers' name."""
+    lr_scheduler_kwargs: dict[str, float | int | str | bool] = {}
+    """Further arguments of the schedule, by transformers' name, such as min_lr_rate or power."""
+    warmup_steps: NonNegativeFloat = 0.06
+    """Steps of linear warm-up; below 1: a share of all steps."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (AdamW); not applied to biases and norms."""
+    adam_beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: Fraction = 0.98
+    """AdamW's decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-6
+    """AdamW's epsilon."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0: no clipping."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Precision of the computation: `no` is fp32; fp16 needs GPUs. Weights and optimizer state are fp32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    on_nonfinite_loss: Literal["stop"] = "stop"
+    """What to do when the loss becomes NaN or infinite; `stop` fails the run before such a state is saved."""
+    logging_steps: PositiveInt = 10
+    """Steps between two points of the training metrics."""
+    eval_steps: PositiveInt | None = None
+    """Steps between two evaluations; null: at the end only."""
+    max_eval_samples: PositiveInt | None = None
+    """Evaluate on at most that many samples; null: all held-out samples."""
+    save_steps: PositiveInt | None = 500
+    """Steps between two checkpoints; null: at the end only. One is always saved at the end."""
+    save_total_limit: PositiveInt | None = 2
+    """Checkpoints to keep, newest first; null: all."""
+
+
+class DeepSpeedSettings(Section):
+    """What is sharded over the workers, by Accelerate's names."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """0: nothing is sharded; 1: optimizer state; 2: and gradients; 3: and weights."""
+    offload_optimizer_device: Literal["none", "cpu"] = "none"
+    """Where optimizer state lives; `cpu` needs stage 1 or higher and a C++ compiler."""
+    offload_param_device: Literal["none", "cpu"] = "none"
+    """Where sharded weights live between uses; `cpu` needs stage 3."""
+
+
+class ResourcesConfig(Section):
+    """Where an attempt runs and on how much. May differ between the attempts of one run."""
+
+    target: Literal["local"] = "local"
+    """Where to run: `local` is this machine, or the Ray cluster that RAY_ADDRESS names."""
+    num_workers: PositiveInt = 1
+    """Training processes, one per device."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What a worker computes on; auto: GPUs where there are any."""
+    cpus_per_worker: PositiveInt | None = None
+    """CPU cores (and threads) per worker; null: an equal share of the machine's cores."""
+
+
+class TrackingConfig(Section):
+    """Where metrics and the model are recorded besides the run's own folder."""
+
+    report_to: list[Literal["mlflow"]] = ["mlflow"]
+    """Trackers; an empty list keeps metrics in the run's folder only."""
+    tracking_uri: NonEmptyStr | None = None
+    """MLflow tracking URI; null: MLFLOW_TRACKING_URI from the environment, else an embedded store in `runs_dir`."""
+    experiment_name: NonEmptyStr = "distlm"
+    """MLflow experiment."""
+    log_model: bool = True
+    """Upload the final model to MLflow."""
+    registered_model_name: NonEmptyStr | None = None
+    """Register the uploaded model under this name; null: not registered."""
+    system_metrics_interval_s: PositiveFloat = 10.0
+    """Seconds between two samples of each node's CPU, memory, network and GPU use."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: NonEmptyStr = "pretrain"
+    """Name for people; shown as the MLflow run's name."""
+    seed: NonNegativeInt = 42
+    """Seed of the initial weights, the order of the samples, masking and dropout."""
+    task: MaskedLMTask = MaskedLMTask()
+    """What is learned."""
+    model: ModelConfig
+    """The model."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    data: DataConfig
+    """The data."""
+    training: TrainingConfig
+    """The optimization."""
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    """Sharding."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Machines."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Records."""
+    runs_dir: NonEmptyStr = "runs"
+    """Folder for runs, caches and the embedded MLflow store; every node must see it under the same path."""
+    env: list[NonEmptyStr] = []
+    """Names of environment variables to pass on to the workers; their values are never written down."""

@@ -1,0 +1,151 @@
+"""`python -m distlm.controller RUN_FOLDER`: run the newest attempt of a run to its end. The same on every target.
+
+Exits with the codes of distlm.errors and writes attempts/NNN/result.json, the truth about how the attempt ended. An
+attempt that has a result already is not run again: the process exits with its code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from distlm.controller.policy import Outcome
+from distlm.controller.progress import Progress
+from distlm.errors import Cancelled, DistlmError, ExitCode, InfrastructureError, InputError
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
+
+LIVENESS_FD = "DISTLM_LIVENESS_FD"
+"""Environment variable: a pipe's file descriptor that the CLI holds open for as long as it lives."""
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or not (run := RunFolder(Path(arguments[0]).absolute())).attempts():
+        print("usage: python -m distlm.controller RUN_FOLDER (a folder with run.yaml and attempts/)", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    folder = run.attempts()[-1]
+    if (result := read_json(folder.result_json)) is not None:
+        return int(result["exit_code"])
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    _stop_when_the_cli_dies(stop)
+    with _output_to_log(folder) as terminal:
+        progress = Progress(terminal)
+        started = time.time()
+        outcome, problems = _run(run, folder, progress, stop)
+        write_result(folder, outcome, started, problems)
+    return int(outcome.exit_code)
+
+
+def _run(
+    run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event
+) -> tuple[Outcome, list[dict[str, str]]]:
+    """The outcome of the attempt, whatever happens, and what is wrong with the user's input."""
+    try:
+        with lease(run):
+            return _execute(run, folder, progress, stop), []
+    except InputError as error:
+        traceback.print_exc()
+        return Outcome(error.exit_code, str(error)), [problem.to_json() for problem in error.problems]
+    except DistlmError as error:
+        traceback.print_exc()
+        return Outcome(error.exit_code, str(error)), []
+    except Exception as error:  # a fault of ours or of a library: still an outcome, with its cause
+        traceback.print_exc()
+        return Outcome(ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {error}", details=traceback.format_exc()), []
+
+
+def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> Outcome:
+    from distlm.controller.attempt import AttemptController
+    from distlm.controller.cluster import make_temporary_root
+
+    controller = AttemptController(run, folder, progress, stop)
+    embedded = "RAY_ADDRESS" not in os.environ
+    temporary_root = make_temporary_root() if embedded else None
+    write_json(folder.handle_json, {
+        "host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(temporary_root or ""),
+    })  # fmt: skip
+    return controller.execute(temporary_root)
+
+
+@contextmanager
+def lease(run: RunFolder) -> Iterator[None]:
+    """The right to write into the run's folder: one controller at a time. Released by the kernel if we are killed."""
+    with open(run.lease, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"run {run.run_id} is being trained by {file.read().strip() or 'another process'}"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def write_result(
+    folder: AttemptFolder, outcome: Outcome, started: float, problems: list[dict[str, str]] | None = None
+) -> None:
+    """result.json: how the attempt ended."""
+    write_json(folder.result_json, {
+        "state": outcome.state,
+        "exit_code": int(outcome.exit_code),
+        "message": outcome.message,
+        "problems": problems or [],
+        "rank": outcome.rank,
+        "host": outcome.host,
+        "details": outcome.details,
+        "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
+        "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    })  # fmt: skip
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _stop_when_the_cli_dies(stop: threading.Event) -> None:
+    """The other end of the pipe is closed by the kernel when the CLI is gone, even by SIGKILL."""
+    descriptor = os.environ.pop(LIVENESS_FD, None)
+    if descriptor is None:
+        return
+
+    def watch() -> None:
+        os.read(int(descriptor), 1)
+        stop.set()
+
+    threading.Thread(target=watch, name="cli-liveness", daemon=True).start()
+
+
+@contextmanager
+def _output_to_log(folder: AttemptFolder) -> Iterator[TextIO]:
+    """Everything that libraries print goes to controller.log; what is for people goes to the returned stream."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as terminal:
+        os.set_inheritable(terminal.fileno(), False)
+        log = os.open(folder.controller_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        yield terminal
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

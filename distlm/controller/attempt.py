@@ -1,0 +1,236 @@
+"""The course of one attempt: Ray, preflight, preparation, incarnations until the policy says enough, then the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from distlm.config.attempt import Attempt, load_attempt
+from distlm.config.resolve import semantic_params
+from distlm.config.schema import RunConfig
+from distlm.controller import preflight
+from distlm.controller.cluster import Cluster, connect
+from distlm.controller.policy import Outcome, Policy, StopAtFirstFailure
+from distlm.controller.progress import Progress
+from distlm.controller.provenance import git_commit, versions
+from distlm.controller.recorder import Recorder, RecorderMailbox
+from distlm.controller.trainer import Incarnation
+from distlm.errors import Cancelled, DistlmError, ExitCode, InfrastructureError
+from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
+from distlm.tracking import Tracker
+from distlm.worker.entry import WorkerArguments
+from distlm.worker.prepare import Prepared
+
+_POLL_INTERVAL_S = 0.5
+_TRACKER_TIMEOUT_S = 60.0
+
+
+class AttemptController:
+    """Runs one attempt in the run's folder. `stop` is set from outside to end it early."""
+
+    def __init__(self, run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> None:
+        self.run, self.folder, self.progress, self.stop = run, folder, progress, stop
+        loaded = load_attempt(run, folder)
+        self.config: RunConfig = loaded.config
+        self.policy: Policy = StopAtFirstFailure()
+        self.failures: list[dict[str, Any]] = []
+        self.last_step = 0
+
+    def execute(self, temporary_root: Path | None) -> Outcome:
+        """From nothing to the outcome. Raises DistlmError for what is refused before training, and for cancellation."""
+        with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
+            try:
+                self.progress.say("starting Ray")
+                with connect(self.config, temporary_root) as cluster:
+                    prepared = self._prepare(cluster)
+                    self._describe(recorder, cluster, prepared)
+                    outcome = self._train(recorder, cluster, prepared)
+                    if outcome.exit_code == ExitCode.SUCCEEDED:
+                        self._export()
+            except DistlmError as error:
+                recorder.close(_mlflow_status(error.exit_code))
+                raise
+            self._finish(recorder, outcome)
+        return outcome
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def _prepare(self, cluster: Cluster) -> Prepared:
+        """Preflight, then everything that is made once."""
+        import ray
+
+        from distlm.worker.prepare import prepare_run
+
+        preflight.check_capacity(self.config, cluster)
+        preflight.check_storage(self.config, self.run)
+        self.progress.say("preparing data, tokenizer and initial weights")
+        task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
+        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
+        info = prepared.data_info
+        self.progress.say(
+            f"data: {info['splits']['train']['tokens']:,} tokens in {prepared.num_train_samples:,} samples"
+            f"{' (from the cache)' if prepared.data_cached else ''}; model: {prepared.num_parameters:,} parameters"
+        )
+        preflight.check_free_space(self.config, self.run, prepared.num_parameters)
+        return prepared
+
+    def _get(self, reference: Any) -> Any:
+        """The result of a Ray task, unless the attempt is stopped first. Raises the task's own DistlmError."""
+        import ray
+
+        while not ray.wait([reference], timeout=_POLL_INTERVAL_S)[0]:
+            self._stop_if_asked()
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DistlmError):
+                raise error.cause from None
+            raise
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled("stopped on request")
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def _train(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> Outcome:
+        """Incarnation after incarnation, as the policy decides."""
+        incarnation = 1
+        while True:
+            outcome = self._train_once(recorder, cluster, prepared, incarnation)
+            if not self.policy.decide(outcome, incarnation).train_again:
+                return outcome
+            incarnation += 1
+
+    def _train_once(self, recorder: Recorder, cluster: Cluster, prepared: Prepared, number: int) -> Outcome:
+        import ray
+
+        from distlm.worker.checkpoint import latest_good
+
+        checkpoint = latest_good(self.run.checkpoints)
+        recorder.restored(checkpoint.step if checkpoint else 0, number)
+        self.last_step = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            self.progress.say(f"continuing from checkpoint {checkpoint.path.name}")
+        self.progress.begin(prepared.total_steps, self.last_step)
+        self.progress.say(f"starting {self.config.resources.num_workers} workers on {cluster.device}")
+        mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
+        arguments = WorkerArguments(
+            run_path=str(self.run.path),
+            attempt_path=str(self.folder.path),
+            incarnation=number,
+            device=cluster.device,
+            cpus_per_worker=cluster.cpus_per_worker,
+            checkpoint=str(checkpoint.path) if checkpoint else None,
+            mailbox=mailbox,
+        )
+        incarnation = Incarnation(self.config, cluster, self.folder, arguments)
+        while incarnation.is_alive():
+            self._stop_if_asked()
+            time.sleep(_POLL_INTERVAL_S)
+            self._record(recorder, mailbox)
+        self._record(recorder, mailbox)
+        return incarnation.outcome(self.failures)
+
+    def _record(self, recorder: Recorder, mailbox: Any) -> None:
+        """Move what the workers reported to the files and the screen."""
+        import ray
+
+        try:
+            messages = ray.get(mailbox.drain.remote(), timeout=10 * _POLL_INTERVAL_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+            return
+        recorder.record(messages)
+        for message in messages:
+            if message["kind"] == "failure":
+                self.failures.append(message)
+            elif message["kind"] == "metrics":
+                self.last_step = max(self.last_step, message["step"])
+                self.progress.metrics(message["step"], message["values"])
+
+    # --- after training ----------------------------------------------------------------------------------------------
+
+    def _export(self) -> None:
+        """Write model/ in Hugging Face format from the last checkpoint, where no worker's memory is needed."""
+        import ray
+
+        self.progress.say("writing the model")
+        self._get(ray.remote(num_cpus=1, max_retries=0)(_export_task).remote(str(self.run.path)))
+
+    def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
+        """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
+        config, attempt = self.config, Attempt.read(self.folder)
+        recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
+        recorder.set_tags({
+            "distlm.attempt": str(self.folder.number),
+            "distlm.target": attempt.target,
+            "distlm.device": cluster.device,
+            "distlm.world_size": str(config.resources.num_workers),
+            "distlm.zero_stage": str(config.deepspeed.zero_stage),
+            "distlm.overrides": " ".join([*attempt.overrides]),
+            "distlm.run_folder": str(self.run.path),
+            "distlm.git_commit": git_commit(),
+            "distlm.num_parameters": str(prepared.num_parameters),
+            **{f"distlm.version.{package}": version for package, version in versions().items()},
+        })  # fmt: skip
+        for split, context in (("train", "training"), ("validation", "evaluation")):
+            counts = prepared.data_info["splits"].get(split)
+            if counts and counts["blocks"]:
+                recorder.log_dataset(
+                    name=split,
+                    digest=prepared.data_info["digest"][:32],
+                    source=prepared.train_path if split == "train" else str(prepared.validation_path),
+                    context=context,
+                    columns={"input_ids": "long"},
+                    profile={"num_rows": counts["blocks"], "num_tokens": counts["tokens"]},
+                )
+        recorder.log_artifact(self.run.run_yaml)
+        recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
+        if not recorder.check_tracker(_TRACKER_TIMEOUT_S):
+            self.progress.say(f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
+                              "folder and sent when it does")  # fmt: skip
+
+    def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
+        """Logs and the model to the tracker, then the status."""
+        for log in sorted(self.folder.logs.glob("*.log")):
+            recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
+        if not recorder.close(_mlflow_status(outcome.exit_code), _TRACKER_TIMEOUT_S):
+            self.progress.say(f"warning: MLflow has not got everything ({recorder.tracker_problem}); nothing is lost: send "
+                              f"the rest with `distlm sync {self.run.run_id}`")  # fmt: skip
+
+    def _tracker_factory(self) -> Callable[[], Tracker] | None:
+        if "mlflow" not in self.config.tracking.report_to:
+            return None
+
+        def connect_mlflow() -> Tracker:
+            from distlm.tracking.mlflow import MlflowTracker
+
+            return MlflowTracker.connect(self.config.tracking, self.run, self.config.name)
+
+        return connect_mlflow
+
+
+def _mlflow_status(exit_code: ExitCode) -> str:
+    if exit_code == ExitCode.SUCCEEDED:
+        return "FINISHED"
+    return "KILLED" if exit_code in (ExitCode.CANCELLED, ExitCode.PREEMPTED) else "FAILED"
+
+
+def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
+    from distlm.worker.entry import redirect_output
+    from distlm.worker.prepare import prepare_run
+
+    run, folder = RunFolder(Path(run_path)), AttemptFolder(Path(attempt_path))
+    redirect_output(folder.logs / "prepare.log")
+    return prepare_run(load_attempt(run, folder).config, run)
+
+
+def _export_task(run_path: str) -> None:
+    from distlm.worker.export import export_run
+
+    export_run(RunFolder(Path(run_path)))

@@ -1,0 +1,142 @@
+"""Ray for one attempt: one started here for it and removed after it, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distlm.config.schema import RunConfig
+from distlm.errors import InfrastructureError
+
+_OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
+_HELPER_CPUS = 1  # for the preparation task and the recorder
+
+# Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
+_RAY_SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that the controller is connected to."""
+
+    embedded: bool
+    device: str
+    """What workers compute on: cpu or cuda."""
+    cpus_per_worker: int
+
+
+@contextmanager
+def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]:
+    """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and remove all of it at the end."""
+    os.environ.update(_RAY_SETTINGS)
+    if address := os.environ.get("RAY_ADDRESS"):
+        yield from _join(config, address)
+    else:
+        assert temporary_root is not None
+        yield from _start(config, temporary_root)
+
+
+def make_temporary_root() -> Path:
+    """A new folder for Ray's sockets and logs. Their paths end at 107 bytes, so it has to be short."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="distlm-", dir=base if len(base) <= 24 else "/tmp"))  # noqa: S108
+
+
+def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
+    try:
+        total = ray.cluster_resources()
+        device = config.resources.device
+        if device == "auto":
+            device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
+        share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // config.resources.num_workers))
+        yield Cluster(False, device, config.resources.cpus_per_worker or (1 if device == "cuda" else share))
+    finally:
+        ray.shutdown()
+
+
+def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
+    os.environ.update({
+        # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
+        "RAY_TMPDIR": str(temporary_root),
+        # Otherwise Ray makes a token of its own and writes it to the home folder.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    })  # fmt: skip
+    import ray
+
+    resources, cores = config.resources, len(os.sched_getaffinity(0))
+    gpus = _gpu_count()
+    device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
+    cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
+    try:
+        ray.init(
+            num_cpus=resources.num_workers * cpus_per_worker + _HELPER_CPUS,
+            num_gpus=gpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            namespace="distlm",
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # whatever Ray raises, the attempt has no cluster
+        raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
+    try:
+        yield Cluster(True, device, cpus_per_worker)
+    finally:
+        processes = _processes_below(temporary_root)
+        ray.shutdown()
+        end_processes(processes)
+        shutil.rmtree(temporary_root, ignore_errors=True)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _processes_below(temporary_root: Path) -> list[psutil.Process]:
+    """Ray's own processes and its workers: the descendants of this process, wherever they moved since."""
+    return psutil.Process().children(recursive=True)
+
+
+def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
+    """Wait for processes that are about to end, and kill those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=timeout_s)
+
+
+def node_addresses() -> list[dict[str, Any]]:
+    """Ray's description of each living node."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]

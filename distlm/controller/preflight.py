@@ -1,0 +1,82 @@
+"""What only the cluster can tell before a worker starts: capacity, and storage that every node shares and can write."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+from distlm.config.schema import RunConfig
+from distlm.controller.cluster import Cluster, node_addresses
+from distlm.errors import InputError, Problem
+from distlm.run_folder import RunFolder
+
+_NODE_TIMEOUT_S = 60.0
+_BYTES_PER_PARAMETER = 12  # an fp32 weight and its two Adam moments
+
+
+def check_capacity(config: RunConfig, cluster: Cluster) -> None:
+    """Raise InputError if the workers can never be placed; Ray Train would wait for ever."""
+    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.device == "cuda" else {})
+    nodes = [node["Resources"] for node in node_addresses()]
+    places = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items()) for node in nodes)
+    if places < config.resources.num_workers:
+        needs = " and ".join(f"{amount} {name}" for name, amount in per_worker.items())
+        raise InputError(Problem(
+            f"the {len(nodes)} nodes of the Ray cluster have room for {places} workers of {needs} each; lower "
+            "resources.num_workers or resources.cpus_per_worker",
+            "resources.num_workers", str(config.resources.num_workers),
+        ))  # fmt: skip
+
+
+def check_storage(config: RunConfig, run: RunFolder) -> None:
+    """Have every node write a file into the run's folder, and see all of them from here."""
+    import ray
+
+    token = secrets.token_hex(8)
+    probe = ray.remote(num_cpus=0)(_write_probe)
+    tasks = {
+        probe.options(
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                node["NodeID"], soft=False
+            )
+        ).remote(str(run.path), f".probe-{token}-{node['NodeID']}"): node
+        for node in node_addresses()
+    }
+    try:
+        done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=_NODE_TIMEOUT_S)
+        problems = [f"{tasks[task]['NodeManagerHostname']} did not answer in {_NODE_TIMEOUT_S:.0f} s" for task in late]
+        for task in done:
+            host, failure = tasks[task]["NodeManagerHostname"], ray.get(task)
+            if failure:
+                problems.append(f"{host} cannot write there ({failure})")
+            elif not (run.path / f".probe-{token}-{tasks[task]['NodeID']}").exists():
+                problems.append(f"{host} writes to another folder of that name; it is not shared")
+    finally:
+        for file in run.path.glob(f".probe-{token}-*"):
+            file.unlink(missing_ok=True)
+    if problems:
+        raise InputError(
+            *(Problem(f"every node must share this folder, but {text}", "runs_dir", str(run.runs_dir))
+              for text in problems)
+        )  # fmt: skip
+
+
+def _write_probe(folder: str, name: str) -> str:
+    try:
+        Path(folder, name).write_text("distlm", encoding="utf-8")
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def check_free_space(config: RunConfig, run: RunFolder, num_parameters: int) -> None:
+    """Raise InputError if the checkpoints that are kept, and the one being written, do not fit."""
+    kept = (config.training.save_total_limit or 1) + 1
+    needed = num_parameters * (_BYTES_PER_PARAMETER * kept + 4)
+    free = shutil.disk_usage(run.path).free
+    if needed > free:
+        raise InputError(Problem(
+            f"{free / 2**30:.1f} GiB are free, and {kept} checkpoints and the model of {num_parameters:,} parameters need "
+            f"{needed / 2**30:.1f} GiB; make room or lower training.save_total_limit", "runs_dir", str(run.runs_dir),
+        ))  # fmt: skip

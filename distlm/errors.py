@@ -1,0 +1,110 @@
+"""Every error distlm raises on purpose, and the exit code that each one ends a command with.
+
+    DistlmError
+    |-- InputError               2    the user can mend it: a config key, a data file, a command line
+    |-- TrainingError            1    the run failed and would fail again
+    |   |-- NonFiniteLossError        the loss became NaN or infinite
+    |   `-- AttestationError          the workers would have trained something else than asked
+    |-- InfrastructureError      3    a machine, the network or the storage failed; a new attempt may succeed
+    |   `-- CheckpointError           a checkpoint is missing, torn or altered
+    |-- Preempted               75    stopped from outside with its state saved: continue me
+    `-- Cancelled              130    the user asked to stop
+
+Exit code 0 means succeeded, and nothing else does. This module belongs to the control plane: standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, Self
+
+
+class ExitCode(IntEnum):
+    """How a distlm command or controller process ends; the same on every target."""
+
+    SUCCEEDED = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    INFRASTRUCTURE = 3
+    PREEMPTED = 75
+    CANCELLED = 130
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave, and what would be right.
+
+    `message` says what is wrong and what is allowed or to be done. `value` is the offending value as the user wrote it
+    (never an expanded secret). `location` is "file:line" where that is known.
+    """
+
+    message: str
+    key: str = ""
+    value: str = ""
+    location: str = ""
+
+    def __str__(self) -> str:
+        subject = " = ".join(part for part in (self.key, self.value) if part)
+        return ": ".join(part for part in (self.location, subject, self.message) if part)
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+class DistlmError(Exception):
+    """Base of all errors raised on purpose. The text is one line for the user: cause first, then the remedy."""
+
+    exit_code = ExitCode.FAILED
+
+
+class InputError(DistlmError):
+    """The user's input is wrong. Carries all problems found, so that they are mended in one go."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = tuple(Problem(p) if isinstance(p, str) else p for p in problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[Problem, ...]]:
+        # Without this, unpickling in another process would call __init__ with the joined text.
+        return type(self), self.problems
+
+
+class TrainingError(DistlmError):
+    """The training itself failed; the same run would fail again."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite and the run's policy is to stop."""
+
+
+class AttestationError(TrainingError):
+    """What is about to train is not what the config asks for."""
+
+
+class InfrastructureError(DistlmError):
+    """A machine, the network or the storage failed; a new attempt may succeed."""
+
+    exit_code = ExitCode.INFRASTRUCTURE
+
+
+class CheckpointError(InfrastructureError):
+    """A checkpoint is missing, torn, altered or of an unknown format version."""
+
+
+class Preempted(DistlmError):
+    """Stopped from outside after a checkpoint was committed; `distlm resume` continues it."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class Cancelled(DistlmError):
+    """The user asked to stop."""
+
+    exit_code = ExitCode.CANCELLED

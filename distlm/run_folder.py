@@ -1,0 +1,155 @@
+"""The folder of a run: the one place that spells its paths and writes its small files.
+
+    RUNS_DIR/
+      cache/FINGERPRINT/          tokenised data and trained tokenizers, shared by runs
+      mlflow.db, mlartifacts/     the embedded MLflow store, when no tracking URI is given
+      RUN_ID/
+        run.yaml                  training semantics, immutable
+        lease                     held by the controller that may write here
+        init/                     initial weights, tokenizer and what was prepared once for the run
+        checkpoints/step-00000100/
+        model/                    the trained model in Hugging Face format
+        attempts/001/             attempt.yaml, handle.json, result.json, metrics.jsonl, logs/
+
+Both planes meet here, so this module uses only the standard library and yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def new_run_id() -> str:
+    """UTC time and 6 random characters, such as 20260131-235959-3fa9c1: unique, and sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` with `text`, so that a reader sees the old file or the new one and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_yaml(path: Path, data: Any) -> None:
+    write_atomically(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class AttemptFolder:
+    """attempts/NNN/ of a run: one uninterrupted stretch of it on one target."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name)
+
+    @property
+    def attempt_yaml(self) -> Path:
+        return self.path / "attempt.yaml"
+
+    @property
+    def handle_json(self) -> Path:
+        return self.path / "handle.json"
+
+    @property
+    def result_json(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def controller_log(self) -> Path:
+        return self.logs / "controller.log"
+
+    def worker_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:05d}.log"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """RUNS_DIR/RUN_ID/."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, runs_dir: Path, run_id: str) -> RunFolder:
+        path = runs_dir.absolute() / run_id
+        path.mkdir(parents=True)
+        return cls(path)
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.path.parent
+
+    @property
+    def cache(self) -> Path:
+        return self.runs_dir / "cache"
+
+    @property
+    def run_yaml(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def lease(self) -> Path:
+        return self.path / "lease"
+
+    @property
+    def init(self) -> Path:
+        return self.path / "init"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def attempts(self) -> list[AttemptFolder]:
+        """All attempts, oldest first."""
+        return [AttemptFolder(path) for path in sorted(self.path.glob("attempts/[0-9][0-9][0-9]*"))]
+
+    def new_attempt(self) -> AttemptFolder:
+        number = self.attempts()[-1].number + 1 if self.attempts() else 1
+        attempt = AttemptFolder(self.path / "attempts" / f"{number:03d}")
+        attempt.logs.mkdir(parents=True)
+        return attempt

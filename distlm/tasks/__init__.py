@@ -1,0 +1,41 @@
+"""What is particular to a kind of training: its model class, its collator, its loss and its metrics. One file a task.
+
+A task offers what `Task` lists and is found by its `type` in the config through `make_task`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from distlm.config.schema import RunConfig
+    from distlm.worker.prepare import Prepared
+
+Batch = dict[str, "torch.Tensor"]
+
+
+class Task(Protocol):
+    """The interface between the training loop and a task."""
+
+    def collate(self, input_ids: np.ndarray, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
+        """Make a batch of samples [B, S]; random choices depend on (seed, epoch, sample index) alone."""
+        ...
+
+    def count_targets(self, batch: Batch) -> int:
+        """Number of predictions that the loss of a batch sums over."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the loss over a batch's targets, differentiable, and the number of right predictions. The model is
+        called whatever the batch holds, since its forward pass is a collective operation under ZeRO-3."""
+        ...
+
+
+def make_task(config: RunConfig, prepared: Prepared) -> Task:
+    from distlm.tasks.masked_lm import MaskedLM
+
+    return MaskedLM(config.task, config.seed, prepared)

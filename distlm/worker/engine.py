@@ -1,0 +1,217 @@
+"""Accelerate and DeepSpeed, set up the same way on CPU and on GPU, for ZeRO stages 0 to 3.
+
+    accelerator = make_accelerator(settings)          # joins the process group, before any model is loaded
+    model = ...from_pretrained(path)                  # under stage 3 this loads each rank's part only
+    optimizer = build_optimizer(parameter_groups(model, weight_decay), ...)
+    engine = prepare(accelerator, model, optimizer)
+    for each step: set_learning_rate(engine, lr); forward and accelerator.backward per micro batch
+
+**Precision.** `bf16` means fp32 parameters under torch autocast (DeepSpeed's `torch_autocast`) at every stage. The
+parameters, the gradients, their sum over micro batches and their reduction over ranks are fp32; the matrix products
+are bf16. So the stages compute the same numbers up to the order of a sum, and a checkpoint goes from one to another.
+DeepSpeed's own bf16 mode is not used: at stage 0 it accumulates gradients in bf16, and at stage 1 it is another
+optimizer than at stages 2 and 3. `fp16` needs a loss scale, which DeepSpeed's autocast applies after clipping in ZeRO
+stages; it is therefore DeepSpeed's fp16 mode at stages 1 to 3, on GPU only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from distlm.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from deepspeed import DeepSpeedEngine
+
+MixedPrecision = Literal["no", "fp16", "bf16"]
+OffloadDevice = Literal["none", "cpu"]
+
+REDUCE_BUCKET_NUMEL = 50_000_000
+"""Elements that ZeRO reduces or gathers in one go: 200 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a GPU."""
+
+NO_CLIPPING_NORM = 1e30
+"""Given to DeepSpeed at stage 0 in place of 0, because with 0 it never computes the gradient norm there."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how DeepSpeed trains; everything else about training is outside of it.
+
+    `max_grad_norm` is the global L2 norm that gradients are clipped to; 0 clips nothing. `micro_batch_size` is in
+    samples per worker. The offload devices move optimizer state (stages 1 to 3) and parameters (stage 3) to the host.
+    """
+
+    zero_stage: int
+    mixed_precision: MixedPrecision = "no"
+    gradient_accumulation_steps: int = 1
+    micro_batch_size: int = 1
+    max_grad_norm: float = 1.0
+    offload_optimizer_device: OffloadDevice = "none"
+    offload_param_device: OffloadDevice = "none"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def check_settings(settings: EngineSettings) -> None:
+    """Raise InputError naming every combination that DeepSpeed would refuse, or silently train as something else."""
+    problems = []
+    if settings.zero_stage not in (0, 1, 2, 3):
+        problems.append(Problem("must be 0, 1, 2 or 3", "zero_stage", str(settings.zero_stage)))
+    if settings.mixed_precision == "fp16" and (settings.device == "cpu" or settings.zero_stage == 0):
+        message = "needs a GPU and zero_stage 1, 2 or 3; use bf16, which works everywhere"
+        problems.append(Problem(message, "mixed_precision", "fp16"))
+    if settings.offload_optimizer_device != "none" and settings.zero_stage == 0:
+        message = "needs zero_stage 1, 2 or 3: at stage 0 the optimizer state stays on the device"
+        problems.append(Problem(message, "offload_optimizer_device", settings.offload_optimizer_device))
+    if settings.offload_param_device != "none" and settings.zero_stage != 3:
+        message = f"needs zero_stage 3, not {settings.zero_stage}: only stage 3 shards the parameters"
+        problems.append(Problem(message, "offload_param_device", settings.offload_param_device))
+    if problems:
+        raise InputError(*problems)
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """The DeepSpeed dictionary, with nothing left to 'auto'. Pure, and printable as JSON.
+
+    Gradients are accumulated and reduced in fp32 whatever the precision: `lower_precision_safe_modules` is empty
+    because modules listed there are reduced, and gathered at stage 3, in bf16.
+
+    Raises:
+        InputError: the settings do not fit together.
+    """
+    check_settings(settings)
+    stage = settings.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
+        "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
+        "overlap_comm": stage == 3,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+        "offload_optimizer": {"device": settings.offload_optimizer_device},
+        "offload_param": {"device": settings.offload_param_device},
+    }
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": settings.max_grad_norm or (NO_CLIPPING_NORM if stage == 0 else 0.0),
+        "zero_optimization": zero,
+        # torch's own AdamW in every case: with True, offloading would compile and swap in DeepSpeedCPUAdam.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "fp16": {"enabled": settings.mixed_precision == "fp16", "loss_scale": 0.0, "initial_scale_power": 16},
+        "bf16": {"enabled": False},
+        "torch_autocast": {
+            "enabled": settings.mixed_precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_accelerator(settings: EngineSettings) -> Accelerator:
+    """Join the process group (or reuse the one that exists) and return the Accelerator of DeepSpeed's kind.
+
+    Needs RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. Call it before a model is
+    loaded: from then on, at stage 3, `from_pretrained` partitions the model while it reads the file.
+    """
+    config = deepspeed_config(settings)
+    _prepare_deepspeed_import(settings)
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+    # Without the backend named, Accelerate believes on a CPU machine that it is alone; with cpu=True it drops DeepSpeed.
+    backend = InitProcessGroupKwargs(backend="nccl" if settings.device == "cuda" else "gloo")
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[backend])
+
+
+def _prepare_deepspeed_import(settings: EngineSettings) -> None:
+    if settings.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    # DeepSpeed's autotuner imports mlflow (2 s), and workers never talk to MLflow. None makes the import an ImportError.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    # DeepSpeed 0.19.8 calls names that torch 2.13 renamed, several times per layer and step at stage 3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed.ops
+
+    # Compiled for 40 to 60 s at first use, for inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those with and those without weight decay.
+
+    No decay on biases and norms: everything inside a norm module and everything of fewer than 2 dimensions. Works on
+    parameters that ZeRO-3 has already partitioned, whose own shape is (0,). Parameters keep the model's order, and an
+    empty group is left out.
+    """
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    in_norms = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
+    decayed, undecayed = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            plain = id(parameter) in in_norms or len(full_shape(parameter)) < 2
+            (undecayed if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter before ZeRO-3 partitioned it (its `ds_shape`), or simply its shape."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def build_optimizer(
+    groups: Iterable[dict[str, Any]],
+    *,
+    learning_rate: float,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with the Hugging Face names and defaults."""
+    return torch.optim.AdamW(list(groups), lr=learning_rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> DeepSpeedEngine:
+    """Hand model and optimizer to DeepSpeed; collective. Train through the returned engine and `accelerator`."""
+    engine, _ = accelerator.prepare(model, optimizer)
+    if engine.zero_optimization_stage() == 0:
+        _record_grad_norm(engine)
+    return engine
+
+
+def _record_grad_norm(engine: DeepSpeedEngine) -> None:
+    """At stage 0, DeepSpeed 0.19.8 clips in `clip_fp32_gradients` and throws the norm away. Keep it."""
+
+    def clip_and_record() -> None:
+        parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip_and_record
+
+
+def global_grad_norm(engine: DeepSpeedEngine) -> float:
+    """L2 norm of the last step's gradient over all ranks, before clipping.
+
+    Not finite if the gradient was not. Stages 1 to 3 have then skipped the update; stage 0 has applied it.
+    """
+    return float(engine.get_global_grad_norm())
+
+
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group for the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate

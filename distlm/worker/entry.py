@@ -1,0 +1,106 @@
+"""Where Ray Train starts a worker: its log file, its threads, its channel to the recorder, then the training loop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlm.errors import DistlmError, ExitCode
+from distlm.run_folder import AttemptFolder, RunFolder
+
+_DELIVERY_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerArguments:
+    """What the controller tells every worker; travels as a plain dictionary."""
+
+    run_path: str
+    attempt_path: str
+    incarnation: int
+    device: str
+    cpus_per_worker: int
+    checkpoint: str | None
+    mailbox: Any
+    """Handle of the recorder's actor."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def run_worker(arguments: dict[str, Any]) -> None:
+    """Ray Train's `train_loop_per_worker`. A failure is reported with its rank and host, and raised again."""
+    import ray.train
+
+    told = WorkerArguments(**arguments)
+    place = ray.train.get_context()
+    rank = place.get_world_rank()
+    redirect_output(AttemptFolder(Path(told.attempt_path)).worker_log(rank))
+    # Ray sets this from the resources asked for; libraries read it when they are first imported.
+    os.environ["OMP_NUM_THREADS"] = str(told.cpus_per_worker)
+    try:
+        _train(told, rank, place.get_node_rank() if place.get_local_rank() == 0 else None)
+    except Exception as error:
+        traceback.print_exc()
+        failure = {
+            "kind": "failure",
+            "rank": rank,
+            "host": socket.gethostname(),
+            "incarnation": told.incarnation,
+            "timestamp_ms": time.time_ns() // 1_000_000,
+            "type": type(error).__name__,
+            "message": str(error),
+            "details": traceback.format_exc(),
+            "exit_code": int(error.exit_code) if isinstance(error, DistlmError) else int(ExitCode.FAILED),
+            "expected": isinstance(error, DistlmError),
+        }
+        ray.wait([told.mailbox.push.remote(failure)], timeout=_DELIVERY_TIMEOUT_S)
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None:
+    import torch
+
+    torch.set_num_threads(told.cpus_per_worker)
+    from distlm.config.attempt import load_attempt
+    from distlm.run_folder import read_json
+    from distlm.tracking.records import Record, now_ms
+    from distlm.worker.metrics import SystemMonitor
+    from distlm.worker.prepare import Prepared
+    from distlm.worker.train import WorkerContext, train
+
+    run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))
+    config = load_attempt(run, attempt).config
+
+    def report(step: int, values: dict[str, float]) -> None:
+        told.mailbox.push.remote(Record(step, told.incarnation, now_ms(), values).to_message())
+
+    context = WorkerContext(
+        config=config,
+        prepared=Prepared(**read_json(run.init / "prepared.json")),
+        run=run,
+        device=told.device,
+        checkpoint=Path(told.checkpoint) if told.checkpoint else None,
+        report=report,
+    )
+    train(context)
+
+
+def redirect_output(log: Path) -> None:
+    """Send this process's output, that of C++ libraries included, to a file that outlives Ray's temporary folder."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

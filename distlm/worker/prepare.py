@@ -1,0 +1,124 @@
+"""What is made once for a run before any worker starts: tokenizer, tokenised data, initial weights.
+
+Runs as one task on the cluster. It is also the second half of preflight: whatever the data, the tokenizer and the model
+refuse is refused here, with the config's key. Calling it again (a resume) finds everything there and checks that the
+data is still the same.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distlm.config.schema import RunConfig
+from distlm.errors import InputError, Problem
+from distlm.run_folder import RunFolder, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The result, kept in init/prepared.json."""
+
+    train_path: str
+    """Packed training samples (Arrow)."""
+    validation_path: str | None
+    """Packed validation samples; None: there is nothing to evaluate on."""
+    num_train_samples: int
+    num_validation_samples: int
+    total_steps: int
+    """Optimizer steps of the whole run, for this attempt's config."""
+    vocab_size: int
+    """Tokens of the tokenizer."""
+    mask_token_id: int
+    pad_token_id: int
+    special_token_ids: list[int]
+    num_parameters: int
+    forward_flops_per_sample: float
+    """Floating-point operations of one forward pass over one sample of `max_seq_length` tokens."""
+    data_info: dict[str, Any]
+    """Counts, sources and digest of the data."""
+
+
+def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
+    """Make what is missing in init/ and the cache, and write init/prepared.json.
+
+    Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
+    """
+    from distlm.data.pack import prepare_data
+    from distlm.data.tokenize import load_tokenizer
+    from distlm.worker.metrics import forward_flops_per_sample
+    from distlm.worker.model import save_initial_model
+    from distlm.worker.schedule import learning_rate_schedule
+
+    tokenizer_config = config.tokenizer
+    if not (tokenizer_config.name_or_path or tokenizer_config.train):
+        tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": config.model.name_or_path})
+    if tokenizer_config.name_or_path:
+        # Fail on the tokenizer and the model before the corpus is tokenised, which may take hours.
+        _model_config(config, load_tokenizer(tokenizer_config.name_or_path))
+    data = prepare_data(config.data, tokenizer_config, run.cache)
+    tokenizer = load_tokenizer(str(data.tokenizer_path))
+    model_config = _model_config(config, tokenizer)
+
+    info = asdict(data.info)
+    before = read_json(run.init / "prepared.json")
+    if before is not None and before["data_info"]["digest"] != info["digest"]:
+        raise InputError(Problem(
+            "the data is not what this run began with, so its samples cannot be continued; submit a new run",
+            "data.train",
+        ))  # fmt: skip
+
+    run.init.mkdir(exist_ok=True)
+    if not (run.init / "model").exists():
+        save_initial_model(config, model_config, run.init / "model")
+    if not (run.init / "tokenizer").exists():
+        shutil.copytree(data.tokenizer_path, run.init / "tokenizer")
+
+    splits = info["splits"]
+    num_train_samples = splits["train"]["blocks"]
+    prepared = Prepared(
+        train_path=str(data.train_path),
+        validation_path=str(data.validation_path) if data.validation_path else None,
+        num_train_samples=num_train_samples,
+        num_validation_samples=splits["validation"]["blocks"] if data.validation_path else 0,
+        total_steps=_total_steps(config, num_train_samples),
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
+        num_parameters=_count_parameters(run),
+        forward_flops_per_sample=forward_flops_per_sample(model_config, config.data.max_seq_length),
+        data_info=info,
+    )
+    learning_rate_schedule(config, prepared.total_steps)
+    write_json(run.init / "prepared.json", asdict(prepared))
+    return prepared
+
+
+def _model_config(config: RunConfig, tokenizer: Any) -> Any:
+    from distlm.worker.model import build_model_config, check_positions
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
+    model_config = build_model_config(config, len(tokenizer), ids)
+    check_positions(model_config, config.data.max_seq_length)
+    return model_config
+
+
+def _total_steps(config: RunConfig, num_train_samples: int) -> int:
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    assert training.num_train_epochs is not None  # resolve.contradictions
+    return max(1, math.ceil(training.num_train_epochs * num_train_samples / training.global_train_batch_size))
+
+
+def _count_parameters(run: RunFolder) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for file in (run.init / "model").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total

@@ -1,0 +1,37 @@
+"""The learning rate as a function of the step: a schedule of transformers, by its name, with no state to save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import get_scheduler
+
+from distlm.config.resolve import warmup_steps
+from distlm.config.schema import RunConfig
+from distlm.errors import InputError, Problem
+
+
+def learning_rate_schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
+    """Steps count from 1; step s gets what transformers' Trainer gives its s-th optimizer step.
+
+    Raises InputError for arguments that the schedule does not take.
+    """
+    training = config.training
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    try:
+        scheduler = get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup_steps(config, total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs) or None,
+        )
+        (factor,) = scheduler.lr_lambdas
+        factor(0), factor(total_steps)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            Problem(f"{training.lr_scheduler_type}: {error}", "training.lr_scheduler_kwargs",
+                    str(training.lr_scheduler_kwargs))
+        ) from None  # fmt: skip
+    return lambda step: training.learning_rate * float(factor(step - 1))

@@ -1,0 +1,298 @@
+"""The training loop of one worker. It reads as the algorithm; what a step needs is built in the other files here.
+
+Everything random is a function of (seed, step, micro batch) or (seed, epoch, sample index), so that a run can stop at
+any step and go on, on the same or on another number of workers, as if it had never stopped.
+
+Samples of step s (from 1): global positions (s - 1) * global_batch ... s * global_batch - 1. Micro batch m of the step
+covers micro_batch of them; worker r of W takes the micro batches m = r, r + W, r + 2 W, ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distlm.config.resolve import batch_plan
+from distlm.config.schema import RunConfig
+from distlm.data.order import permute, samples
+from distlm.data.pack import PackedDataset
+from distlm.errors import NonFiniteLossError
+from distlm.run_folder import RunFolder
+from distlm.tasks import Batch, Task, make_task
+from distlm.worker.attest import Expected, attest, gather_facts
+from distlm.worker.checkpoint import load_checkpoint, prune, save_checkpoint
+from distlm.worker.engine import (
+    EngineSettings,
+    build_optimizer,
+    global_grad_norm,
+    make_accelerator,
+    parameter_groups,
+    prepare,
+    set_learning_rate,
+)
+from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib
+from distlm.worker.model import load_model
+from distlm.worker.prepare import Prepared
+from distlm.worker.schedule import learning_rate_schedule
+
+_ATTESTED_PROBES = 4
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What every worker of an incarnation is told. Rank and world size come from the environment, as for torchrun."""
+
+    config: RunConfig
+    prepared: Prepared
+    run: RunFolder
+    device: str
+    """cpu or cuda."""
+    checkpoint: Path | None
+    """Committed state to continue from; None: the initial weights."""
+    report: Callable[[int, dict[str, float]], None]
+    """report(step, values) hands metrics to the recorder without waiting. Called on rank 0 only."""
+
+
+def train(context: WorkerContext) -> None:
+    """Train from the given state to the last step, reporting, evaluating and saving on the way. Collective."""
+    worker = Worker(context)
+    worker.attest()
+    config, last_step = context.config.training, context.prepared.total_steps
+
+    for step in range(worker.first_step, last_step + 1):
+        worker.train_step(step)
+        if is_due(step, config.logging_steps, last_step) or step == worker.first_step:
+            worker.log(step)
+        if is_due(step, config.eval_steps, last_step):
+            worker.evaluate(step)
+        if is_due(step, config.save_steps, last_step):
+            worker.save(step)
+
+
+def is_due(step: int, interval: int | None, last_step: int) -> bool:
+    """Whether something that happens every `interval` steps, and always at the end, happens after this step."""
+    return step == last_step or (interval is not None and step % interval == 0)
+
+
+class Worker:
+    """One rank's engine, data and clocks; its methods are the parts of the loop."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        config, prepared = context.config, context.prepared
+        self.config, self.prepared, self.context = config, prepared, context
+        self.plan = batch_plan(config)
+        self.schedule = learning_rate_schedule(config, prepared.total_steps)
+        self.settings = EngineSettings(
+            zero_stage=config.deepspeed.zero_stage,
+            mixed_precision=config.training.mixed_precision,
+            gradient_accumulation_steps=self.plan.accumulation_steps,
+            micro_batch_size=self.plan.micro_batch,
+            max_grad_norm=config.training.max_grad_norm,
+            offload_optimizer_device=config.deepspeed.offload_optimizer_device,
+            offload_param_device=config.deepspeed.offload_param_device,
+            device="cuda" if context.device == "cuda" else "cpu",
+        )
+        self.accelerator = make_accelerator(self.settings)
+        self.device = self.accelerator.device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        model = load_model(
+            context.run.init / "model", config.model.attn_implementation, config.training.gradient_checkpointing
+        )
+        optimizer = build_optimizer(
+            parameter_groups(model, config.training.weight_decay),
+            learning_rate=config.training.learning_rate,
+            adam_beta1=config.training.adam_beta1,
+            adam_beta2=config.training.adam_beta2,
+            adam_epsilon=config.training.adam_epsilon,
+        )
+        self.engine = prepare(self.accelerator, model, optimizer)
+        self.first_step = 1
+        if context.checkpoint is not None:
+            self.first_step = int(load_checkpoint(self.engine, context.checkpoint)["step"]) + 1
+
+        self.task: Task = make_task(config, prepared)
+        self.train_data = PackedDataset(prepared.train_path)
+        self.validation_data = PackedDataset(prepared.validation_path) if prepared.validation_path else None
+        self.timer = StepTimer()
+        self.peak_flops = self._mean_over_workers(
+            measure_matmul_flops(
+                self.device, torch.float32 if self.settings.mixed_precision == "no" else torch.bfloat16
+            )
+        )
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._num_targets = torch.zeros((), device=self.device)
+
+    # --- the parts of the loop ---------------------------------------------------------------------------------------
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step on this worker's micro batches."""
+        self.timer.start_step()
+        micro_batches = self.my_micro_batches()
+        batches = [self.samples(self.first_position(step, m), self.plan.micro_batch) for m in micro_batches]
+        num_targets = self._sum_over_workers(sum(self.task.count_targets(batch) for batch in batches))
+        # DeepSpeed averages over workers and accumulation steps; this makes it the mean over all targets of the step.
+        scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=1)
+        set_learning_rate(self.engine, self.schedule(step))
+        for m, batch in zip(micro_batches, batches, strict=True):
+            torch.manual_seed(dropout_seed(self.config.seed, step, m))
+            with self.accelerator.accumulate(self.engine):
+                loss_sum, _ = self.task.loss(self.engine, self._to_device(batch))
+                self.accelerator.backward(loss_sum * scale)
+                self._loss_sum += loss_sum.detach()
+        self._num_targets += num_targets
+        self.timer.end_step()
+
+    def log(self, step: int) -> None:
+        """Report the metrics of the steps since the last call. Collective. Raises NonFiniteLossError."""
+        values = self._training_metrics(step)
+        if self.rank == 0:
+            self.context.report(step, values)
+        self._require_finite(values["train/loss"], step)
+
+    def evaluate(self, step: int) -> None:
+        """Report loss, perplexity and accuracy on the held-out samples. Collective."""
+        if self.validation_data is None:
+            return
+        self.engine.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in self.evaluation_batches():
+                loss_sum, correct = self.task.loss(self.engine, self._to_device(batch))
+                sums += torch.tensor([float(loss_sum), float(correct), float(self.task.count_targets(batch))])
+        self.engine.train()
+        loss_sum, correct, num_targets = self._sum_over_workers(sums).tolist()
+        loss = loss_sum / max(num_targets, 1.0)
+        if self.rank == 0:
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            accuracy = correct / max(num_targets, 1.0)
+            self.context.report(step, {"eval/loss": loss, "eval/perplexity": perplexity, "eval/accuracy": accuracy})
+        self._require_finite(loss, step)
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint and remove the oldest beyond the limit. Collective. Never saves a broken state."""
+        self._require_finite(float(self._sum_over_workers(self._loss_sum.clone())), step)
+        started = time.monotonic()
+        folder = self.context.run.checkpoints
+        position = step * self.plan.global_batch
+        epoch = position // self.prepared.num_train_samples
+        save_checkpoint(
+            self.engine, folder, step, progress={"sample_position": position, "epoch": epoch}, seed=self.config.seed
+        )
+        if self.rank == 0:
+            if self.config.training.save_total_limit:
+                prune(folder, self.config.training.save_total_limit)
+            self.context.report(step, {"time/checkpoint_s": time.monotonic() - started})
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def my_micro_batches(self) -> range:
+        """Which micro batches of every step are this worker's."""
+        return range(self.rank, self.plan.micro_batches, self.world_size)
+
+    def first_position(self, step: int, micro_batch: int) -> int:
+        """Global position, counted over the whole run, of the first sample of a micro batch."""
+        return (step - 1) * self.plan.global_batch + micro_batch * self.plan.micro_batch
+
+    def samples(self, first_position: int, count: int) -> Batch:
+        """Consecutive training samples, masked."""
+        epochs, indices = samples(first_position, count, len(self.train_data), self.config.seed)
+        return self.task.collate(self.train_data[indices], epochs, indices, training=True)
+
+    def evaluation_batches(self) -> list[Batch]:
+        """This worker's share of the evaluation: the same number of batches of the same size on every worker, since a
+        forward pass is collective under ZeRO-3. Places beyond the end hold a sample that is not counted."""
+        assert self.validation_data is not None
+        total = len(self.validation_data)
+        count = min(total, self.config.training.max_eval_samples or total)
+        size = min(self.config.training.per_device_eval_batch_size, math.ceil(count / self.world_size))
+        chosen = permute(np.arange(count), total, 0, 0)
+        batches = []
+        for start in range(0, count, size * self.world_size):
+            places = start + self.rank * size + np.arange(size)
+            indices = chosen[np.minimum(places, count - 1)]
+            batch = self.task.collate(self.validation_data[indices], np.zeros_like(indices), indices, training=False)
+            batch["labels"][torch.from_numpy(places >= count)] = -100
+            batches.append(batch)
+        return batches
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    # --- before step 1 -----------------------------------------------------------------------------------------------
+
+    def attest(self) -> None:
+        """Stop unless the workers train what the config asks for. Collective. Raises AttestationError."""
+        base = self.first_position(self.first_step, 0)
+        starts = [self.first_position(self.first_step, m) for m in self.my_micro_batches()]
+        positions = [start + i for start in starts for i in range(self.plan.micro_batch)]
+        probes = np.linspace(base, base + self.plan.global_batch - 1, _ATTESTED_PROBES).astype(int).tolist()
+        facts = gather_facts(self.engine, self.accelerator, positions, {p: self._fingerprint(p) for p in probes})
+        expected = Expected(
+            world_size=self.config.resources.num_workers,
+            zero_stage=self.config.deepspeed.zero_stage,
+            first_position=base,
+            global_batch_size=self.plan.global_batch,
+        )
+        attest(facts, expected)
+
+    def _fingerprint(self, position: int) -> str:
+        """Hash of one training sample as the model sees it."""
+        batch = self.samples(position, 1)
+        return hashlib.sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def _training_metrics(self, step: int) -> dict[str, float]:
+        loss = float(self._sum_over_workers(self._loss_sum)) / max(float(self._num_targets), 1.0)
+        self._loss_sum.zero_()
+        self._num_targets.zero_()
+        step_s = self.timer.mean_step_s()
+        samples_per_s = self.plan.global_batch / step_s
+        flops = 3 * self.prepared.forward_flops_per_sample * samples_per_s  # the backward pass costs twice the forward
+        return {
+            "train/loss": loss,
+            "learning_rate": self.schedule(step),
+            "grad_norm": global_grad_norm(self.engine),
+            "throughput/tokens_per_s": samples_per_s * self.config.data.max_seq_length,
+            "throughput/device/mfu": flops / (self.peak_flops * self.world_size),
+            "time/step_s": step_s,
+            "memory/peak_gib": self._max_over_workers(peak_memory_gib(self.device)),
+            "epoch": step * self.plan.global_batch / self.prepared.num_train_samples,
+        }
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {step}; lower training.learning_rate "
+                f"({self.config.training.learning_rate}), raise training.warmup_steps, or set "
+                "training.mixed_precision: no to see whether precision is the cause"
+            )
+
+    def _sum_over_workers(self, value: torch.Tensor | int) -> torch.Tensor:
+        tensor = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float32)
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
+
+    def _mean_over_workers(self, value: float) -> float:
+        return float(self._sum_over_workers(torch.tensor(value, dtype=torch.float64))) / self.world_size
+
+    def _max_over_workers(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of the random numbers inside the model for one micro batch, whichever worker computes it."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,86 @@
+"""The control plane starts without torch, ray or mlflow, and does not import the data plane."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {config: {model_type: bert}}
+tokenizer: {train: {vocab_size: 1000}}
+data: {train: [{source: python-docs}]}
+training: {max_steps: 10}
+"""
+HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
+CONTROL_PLANE = ["cli.py", "errors.py", "run_folder.py", "config", "launchers", "data/sources.py"]
+DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")
+
+
+def loaded_modules(*arguments: str) -> set[str]:
+    """Top-level modules that a distlm command has imported when it ends."""
+    code = (
+        "import sys, runpy, io, contextlib\n"
+        "out = io.StringIO()\n"
+        "try:\n"
+        "    with contextlib.redirect_stdout(out):\n"
+        "        from distlm.cli import main; code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert not code, (code, out.getvalue())\n"
+        "print(' '.join(sorted(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def test_help_imports_neither_the_schema_nor_anything_heavy() -> None:
+    modules = loaded_modules("--help")
+    assert not modules & (HEAVY | {"pydantic", "yaml"})
+
+
+@pytest.mark.parametrize("verb", ["validate", "submit --dry-run"])
+def test_validate_and_dry_run_import_nothing_heavy(verb: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG)
+    modules = loaded_modules(*verb.split(), str(config))
+    assert "pydantic" in modules
+    assert not modules & HEAVY
+
+
+def test_schema_imports_nothing_heavy() -> None:
+    assert not loaded_modules("schema") & HEAVY
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports at its top level (imports inside functions are late on purpose)."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def control_plane_files() -> list[Path]:
+    entries = [ROOT / "distlm" / name for name in CONTROL_PLANE]
+    return [file for entry in entries for file in ([entry] if entry.suffix else sorted(entry.glob("*.py")))]
+
+
+@pytest.mark.parametrize("path", control_plane_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_control_plane_does_not_import_the_data_plane(path: Path) -> None:
+    allowed = "distlm.data.sources"  # what `validate` checks of local files: standard library only
+    crossing = {name for name in imports_of(path) if name.startswith(DATA_PLANE) and not name.startswith(allowed)}
+    assert not crossing - {"distlm.data"}
+    assert not {name.partition(".")[0] for name in imports_of(path)} & HEAVY
+
+
+def test_workers_never_import_mlflow() -> None:
+    for folder in ("worker", "tasks", "data"):
+        for path in (ROOT / "distlm" / folder).glob("*.py"):
+            assert not any(name.startswith("mlflow") for name in imports_of(path)), path
