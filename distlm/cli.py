@@ -120,6 +120,7 @@ def _create(run: RunFolder) -> None:
 def _resume(options: argparse.Namespace) -> int:
     from distlm.config.attempt import Attempt, changed_config
     from distlm.launchers.local import LocalLauncher
+    from distlm.run_folder import lease
 
     run = find_run(options.runs_dir, options.run)
     launcher = LocalLauncher()
@@ -128,10 +129,12 @@ def _resume(options: argparse.Namespace) -> int:
     if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
         print(f"run {run.run_id} has succeeded; nothing to do")
         return ExitCode.SUCCEEDED
-    attempt = run.new_attempt()
-    Attempt(
-        target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides, changes=changes
-    ).write(attempt)
+    with lease(run):  # refused here already, before an attempt is made, if the run is being trained
+        attempt = run.new_attempt()
+        Attempt(
+            target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides,
+            changes=changes,
+        ).write(attempt)  # fmt: skip
     print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code

@@ -16,9 +16,13 @@ Both planes meet here, so this module uses only the standard library and yaml.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +30,17 @@ from typing import Any
 
 import yaml
 
+from distlm.errors import InputError
+
 
 def new_run_id() -> str:
     """UTC time and 6 random characters, such as 20260131-235959-3fa9c1: unique, and sorts by time."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def run_created_s(run_id: str) -> float:
+    """When a run was made, in seconds since the epoch, from its id."""
+    return datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).timestamp()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -153,3 +164,20 @@ class RunFolder:
         attempt = AttemptFolder(self.path / "attempts" / f"{number:03d}")
         attempt.logs.mkdir(parents=True)
         return attempt
+
+
+@contextmanager
+def lease(run: RunFolder) -> Iterator[None]:
+    """The right to write into the run's folder: one controller at a time. Released by the kernel if we are killed."""
+    with open(run.lease, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"run {run.run_id} is being trained by {file.read().strip() or 'another process'}"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -6,8 +6,6 @@ attempt that has a result already is not run again: the process exits with its c
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import socket
@@ -17,14 +15,17 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
+from distlm.config.attempt import Attempt
+from distlm.config.load import locate
 from distlm.controller.policy import Outcome
 from distlm.controller.progress import Progress
-from distlm.errors import Cancelled, DistlmError, ExitCode, InfrastructureError, InputError
-from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
+from distlm.errors import DistlmError, ExitCode, InputError, Problem
+from distlm.run_folder import AttemptFolder, RunFolder, lease, read_json, write_json
 
 LIVENESS_FD = "DISTLM_LIVENESS_FD"
 """Environment variable: a pipe's file descriptor that the CLI holds open for as long as it lives."""
@@ -57,13 +58,20 @@ def _run(
             return _execute(run, folder, progress, stop), []
     except InputError as error:
         traceback.print_exc()
-        return Outcome(error.exit_code, str(error)), [problem.to_json() for problem in error.problems]
+        problems = _located(folder, error.problems)
+        return Outcome(error.exit_code, "\n".join(map(str, problems))), [problem.to_json() for problem in problems]
     except DistlmError as error:
         traceback.print_exc()
         return Outcome(error.exit_code, str(error)), []
     except Exception as error:  # a fault of ours or of a library: still an outcome, with its cause
         traceback.print_exc()
         return Outcome(ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {error}", details=traceback.format_exc()), []
+
+
+def _located(folder: AttemptFolder, problems: tuple[Problem, ...]) -> list[Problem]:
+    """The problems with the place in the user's file that their key was written at."""
+    origins = Attempt.read(folder).origins
+    return [replace(problem, location=problem.location or locate(origins, problem.key)) for problem in problems]
 
 
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> Outcome:
@@ -77,23 +85,6 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: th
         "host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(temporary_root or ""),
     })  # fmt: skip
     return controller.execute(temporary_root)
-
-
-@contextmanager
-def lease(run: RunFolder) -> Iterator[None]:
-    """The right to write into the run's folder: one controller at a time. Released by the kernel if we are killed."""
-    with open(run.lease, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"run {run.run_id} is being trained by {file.read().strip() or 'another process'}"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def write_result(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import datetime
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
-from distlm.errors import Cancelled, DistlmError, ExitCode, InfrastructureError
+from distlm.errors import Cancelled, DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
+from distlm.worker.checkpoint_format import latest_good
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
@@ -39,23 +40,27 @@ class AttemptController:
         self.config: RunConfig = loaded.config
         self.policy: Policy = StopAtFirstFailure()
         self.failures: list[dict[str, Any]] = []
-        self.last_step = 0
 
     def execute(self, temporary_root: Path | None) -> Outcome:
-        """From nothing to the outcome. Raises DistlmError for what is refused before training, and for cancellation."""
-        with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
-            try:
-                self.progress.say("starting Ray")
-                with connect(self.config, temporary_root) as cluster:
-                    prepared = self._prepare(cluster)
-                    self._describe(recorder, cluster, prepared)
-                    outcome = self._train(recorder, cluster, prepared)
-                    if outcome.exit_code == ExitCode.SUCCEEDED:
-                        self._export()
-            except DistlmError as error:
-                recorder.close(_mlflow_status(error.exit_code))
-                raise
-            self._finish(recorder, outcome)
+        """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
+        with ExitStack() as ray_scope:
+            self.progress.say("starting Ray")
+            cluster = ray_scope.enter_context(connect(self.config, temporary_root))
+            prepared = self._prepare(cluster)
+            with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
+                outcome = self._train_and_export(recorder, cluster, prepared)
+                ray_scope.close()  # the machines are free while the rest is sent
+                self._finish(recorder, outcome)
+        return outcome
+
+    def _train_and_export(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> Outcome:
+        try:
+            self._describe(recorder, cluster, prepared)
+            outcome = self._train(recorder, cluster, prepared)
+            if outcome.exit_code == ExitCode.SUCCEEDED:
+                self._export()
+        except DistlmError as error:
+            return Outcome(error.exit_code, str(error), details=traceback.format_exc())
         return outcome
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -71,10 +76,9 @@ class AttemptController:
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
         prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
-        info = prepared.data_info
         self.progress.say(
-            f"data: {info['splits']['train']['tokens']:,} tokens in {prepared.num_train_samples:,} samples"
-            f"{' (from the cache)' if prepared.data_cached else ''}; model: {prepared.num_parameters:,} parameters"
+            f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
+            f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
         )
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
         return prepared
@@ -110,14 +114,20 @@ class AttemptController:
     def _train_once(self, recorder: Recorder, cluster: Cluster, prepared: Prepared, number: int) -> Outcome:
         import ray
 
-        from distlm.worker.checkpoint import latest_good
-
-        checkpoint = latest_good(self.run.checkpoints)
-        recorder.restored(checkpoint.step if checkpoint else 0, number)
-        self.last_step = checkpoint.step if checkpoint else 0
+        checkpoint, skipped = latest_good(self.run.checkpoints)
+        for reason in skipped:
+            self.progress.say(f"warning: a checkpoint is not used: {reason}")
+        step = checkpoint.step if checkpoint else 0
+        if step > prepared.total_steps:
+            raise InputError(Problem(
+                f"the run has {step} steps already; give more than that", "training.max_steps", str(prepared.total_steps)
+            ))  # fmt: skip
+        if step == prepared.total_steps:
+            return Outcome(ExitCode.SUCCEEDED)
         if checkpoint:
             self.progress.say(f"continuing from checkpoint {checkpoint.path.name}")
-        self.progress.begin(prepared.total_steps, self.last_step)
+        recorder.restored(step, number)
+        self.progress.begin(prepared.total_steps)
         self.progress.say(f"starting {self.config.resources.num_workers} workers on {cluster.device}")
         mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
         arguments = WorkerArguments(
@@ -150,7 +160,6 @@ class AttemptController:
             if message["kind"] == "failure":
                 self.failures.append(message)
             elif message["kind"] == "metrics":
-                self.last_step = max(self.last_step, message["step"])
                 self.progress.metrics(message["step"], message["values"])
 
     # --- after training ----------------------------------------------------------------------------------------------
@@ -178,16 +187,19 @@ class AttemptController:
             "distlm.num_parameters": str(prepared.num_parameters),
             **{f"distlm.version.{package}": version for package, version in versions().items()},
         })  # fmt: skip
-        for split, context in (("train", "training"), ("validation", "evaluation")):
-            counts = prepared.data_info["splits"].get(split)
-            if counts and counts["blocks"]:
+        for split, context, path in (
+            ("train", "training", prepared.train_path),
+            ("validation", "evaluation", prepared.validation_path),
+        ):
+            if path is not None:
+                counts = prepared.data_info[split]
                 recorder.log_dataset(
                     name=split,
-                    digest=prepared.data_info["digest"][:32],
-                    source=prepared.train_path if split == "train" else str(prepared.validation_path),
+                    digest=counts["content_sha256"][:32],
+                    source=path,
                     context=context,
                     columns={"input_ids": "long"},
-                    profile={"num_rows": counts["blocks"], "num_tokens": counts["tokens"]},
+                    profile={"num_rows": counts["num_blocks"], "num_tokens": counts["num_tokens"]},
                 )
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
@@ -210,7 +222,14 @@ class AttemptController:
         def connect_mlflow() -> Tracker:
             from distlm.tracking.mlflow import MlflowTracker
 
-            return MlflowTracker.connect(self.config.tracking, self.run, self.config.name)
+            tracking = self.config.tracking
+            return MlflowTracker.connect(
+                run_id=self.run.run_id,
+                run_name=self.config.name,
+                experiment_name=tracking.experiment_name,
+                runs_dir=self.run.runs_dir,
+                tracking_uri=tracking.tracking_uri,
+            )
 
         return connect_mlflow
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,15 @@ class Cluster:
 
 
 @contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Give back the handlers that `ray.init` replaces: its SIGTERM handler would end the controller at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
 def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]:
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and remove all of it at the end."""
     os.environ.update(_RAY_SETTINGS)
@@ -63,7 +73,8 @@ def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
+        with _own_signal_handlers():
+            ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
     try:
@@ -92,22 +103,22 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
     device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
     try:
-        ray.init(
-            num_cpus=resources.num_workers * cpus_per_worker + _HELPER_CPUS,
-            num_gpus=gpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            namespace="distlm",
-            _node_ip_address="127.0.0.1",
-        )
+        with _own_signal_handlers():
+            ray.init(
+                num_cpus=resources.num_workers * cpus_per_worker + _HELPER_CPUS,
+                num_gpus=gpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                namespace="distlm",
+            )
     except Exception as error:  # whatever Ray raises, the attempt has no cluster
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         yield Cluster(True, device, cpus_per_worker)
     finally:
-        processes = _processes_below(temporary_root)
+        processes = psutil.Process().children(recursive=True)
         ray.shutdown()
         end_processes(processes)
         shutil.rmtree(temporary_root, ignore_errors=True)
@@ -117,11 +128,6 @@ def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _processes_below(temporary_root: Path) -> list[psutil.Process]:
-    """Ray's own processes and its workers: the descendants of this process, wherever they moved since."""
-    return psutil.Process().children(recursive=True)
 
 
 def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:

@@ -20,8 +20,8 @@ class Progress:
         except OSError:
             return
 
-    def begin(self, total_steps: int, step: int) -> None:
-        """Training goes from `step` to `total_steps`."""
+    def begin(self, total_steps: int) -> None:
+        """An incarnation begins; training goes up to `total_steps`."""
         self._total_steps = total_steps
         self._first = None
 

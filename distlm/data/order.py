@@ -45,9 +45,9 @@ _ROUND_CONSTANTS = _hash(np.arange(6))
 def uniform(seed: int, epoch: ArrayLike, index: ArrayLike, position: ArrayLike, stream: int) -> NDArray[np.float64]:
     """Random numbers in [0, 1) that are a function of the arguments alone.
 
-    `epoch`, `index` (of the sample) and `position` (in the sample) are integers that broadcast against each other: shapes
-    [n, 1], [n, 1] and [length] give [n, length]. `stream` separates the uses that share these counters. The result has
-    at least one dimension.
+    `epoch`, `index` (of the sample) and `position` (in the sample) are integers that broadcast against each other:
+    shapes [n, 1], [n, 1] and [length] give [n, length]. `stream` separates the uses that share these counters. The
+    result has at least one dimension.
     """
     return (_hash(seed, stream, epoch, index, position) >> np.uint64(11)) * np.float64(2.0**-53)
 

@@ -1,8 +1,8 @@
 """Documents out of the sources that the user names; standard library only at import, so that `validate` can use it.
 
-Files are read in bounded memory, one record at a time, always in the same order. Whatever cannot be read as asked is an
-InputError with file and line: nothing is skipped or repaired in silence. A record with no text is no error; it comes out
-as an empty document, and the reader of the documents counts it.
+Files are read in bounded memory, one record at a time, always in the same order. Whatever cannot be read as asked is
+an InputError with file and line: nothing is skipped or repaired in silence. A record with no text is no error; it comes
+out as an empty document, and the reader of the documents counts it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import sysconfig
 import warnings
@@ -152,11 +153,44 @@ def _read(path: Path, text_column: str) -> Iterator[str]:
         raise _unreadable(path, error) from error
     if is_empty:
         message = "the file is empty" if path.stat().st_size == 0 else "the file holds no records"
-        raise InputError(Problem(f"{message}; remove it from the sources or mend it", location=str(path)))
+        raise _bad_file(f"{message}; remove it from the sources or mend it", path)
+
+
+def _bad_file(message: str, path: Path, line: int | None = None) -> InputError:
+    return InputError(Problem(message, location=str(path) if line is None else f"{path}:{line}"))
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(Problem(f"cannot be read: {error.strerror or error}", location=str(path)))
+    return _bad_file(f"cannot be read: {error.strerror or error}", path)
+
+
+def _missing_column(text_column: str, columns: list[str], path: Path, line: int | None = None) -> InputError:
+    hint = _nearest(text_column, columns) or "; name the column of text in text_column"
+    names = ", ".join(map(repr, columns)) or "none"
+    return _bad_file(f"no column {text_column!r}; the columns are {names}{hint}", path, line)
+
+
+def _no_text(text_column: str, kind: str, path: Path, line: int | None = None) -> InputError:
+    return _bad_file(f"column {text_column!r} holds {kind}, not text; name a column of text in text_column", path, line)
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines with their ends; a byte order mark is dropped."""
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                # The decoder of the first line does not count a byte order mark that it has dropped.
+                start = error.start + len(line) - len(error.object)
+                raise _bad_file(
+                    f"byte {offset + start} (0x{line[start]:02x}) is not UTF-8; convert the file, for example with: "
+                    "iconv -f LATIN1 -t UTF-8",
+                    path,
+                    number,
+                ) from error
+            offset += len(line)
 
 
 # A text without blank lines is one paragraph; beyond this it is cut at the end of a line, so that memory stays bounded.
@@ -167,10 +201,11 @@ def _read_paragraphs(path: Path, text_column: str) -> Iterator[str]:
     lines: list[str] = []
     num_characters = 0
     for line in _read_lines(path):
-        if line.strip():
+        is_blank = not line.strip()
+        if not is_blank:
             lines.append(line)
             num_characters += len(line)
-        if lines and (not line.strip() or num_characters > _MAX_PARAGRAPH_CHARACTERS):
+        if lines and (is_blank or num_characters > _MAX_PARAGRAPH_CHARACTERS):
             yield "".join(lines).strip()
             lines, num_characters = [], 0
     if lines:
@@ -181,59 +216,36 @@ def _read_json_lines(path: Path, text_column: str) -> Iterator[str]:
     for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
-        location = f"{path}:{number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise InputError(
-                Problem(f"the line is not JSON ({reason}); put one JSON object on each line", location=location)
-            ) from error
+            raise _bad_file(f"the line is not JSON ({reason}); put one object on each line", path, number) from error
         if not isinstance(record, dict):
-            raise InputError(
-                Problem(
-                    f"the line holds {_json_kind(record)}; put one JSON object with the key {text_column!r} on each line",
-                    location=location,
-                )
-            )
+            kind = _json_kind(record)
+            raise _bad_file(f"the line holds {kind}; put an object with the key {text_column!r} there", path, number)
         if text_column not in record:
-            raise _missing_column(text_column, list(record), location)
-        yield _as_text(record[text_column], text_column, location)
+            raise _missing_column(text_column, list(record), path, number)
+        text = record[text_column]
+        if text is not None and not isinstance(text, str):
+            raise _no_text(text_column, _json_kind(text), path, number)
+        if half := _SURROGATE.search(text or ""):
+            code = f"\\u{ord(half[0]):04x}"
+            raise _bad_file(
+                f"column {text_column!r} holds {code}, half of a surrogate pair; write the whole character",
+                path,
+                number,
+            )
+        yield text or ""
+
+
+# JSON can spell these, but they are no characters and cannot be tokenized.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _json_kind(value: object) -> str:
-    kinds = {list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def _as_text(value: object, text_column: str, location: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        kind = "an object" if isinstance(value, dict) else _json_kind(value)
-        raise InputError(
-            Problem(
-                f"column {text_column!r} holds {kind}, not text; name a column of text in text_column",
-                location=location,
-            )
-        )
-    try:
-        value.encode()  # JSON can spell half a surrogate pair, which no text file can hold
-    except UnicodeEncodeError as error:
-        raise InputError(
-            Problem(
-                f"column {text_column!r} holds half a surrogate pair, \\u{ord(value[error.start]):04x}; write the whole "
-                "character",
-                location=location,
-            )
-        ) from error
-    return value
-
-
-def _missing_column(text_column: str, columns: list[str], location: str) -> InputError:
-    hint = _nearest(text_column, columns) or "; name the column of text in text_column"
-    names = ", ".join(map(repr, columns)) or "none"
-    return InputError(Problem(f"no column {text_column!r}; the columns are {names}{hint}", location=location))
 
 
 def _read_csv(path: Path, text_column: str) -> Iterator[str]:
@@ -251,45 +263,25 @@ def _read_table(path: Path, text_column: str, delimiter: str) -> Iterator[str]:
     try:
         header = next(reader, [])
         if header and text_column not in header:
-            raise _missing_column(text_column, header, f"{path}:1")
+            raise _missing_column(text_column, header, path, 1)
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
-                raise InputError(
-                    Problem(
-                        f"the row has {len(row)} fields and the header has {len(header)}; put quotes around a field that "
-                        "holds separators",
-                        location=f"{path}:{reader.line_num}",
-                    )
+                raise _bad_file(
+                    f"the row has {len(row)} fields and the header has {len(header)}; a field that holds separators "
+                    "must stand in quotes",
+                    path,
+                    reader.line_num,
                 )
             yield row[header.index(text_column)]
     except csv.Error as error:
-        raise InputError(
-            Problem(
-                f"{error}; a field that holds quotes must stand in quotes, each inner quote written twice (or convert the "
-                "file to .jsonl)",
-                location=f"{path}:{reader.line_num}",
-            )
+        raise _bad_file(
+            f"{error}; a field that holds quotes must stand in quotes, with each of its quotes written twice (or "
+            "convert the file to .jsonl)",
+            path,
+            reader.line_num,
         ) from error
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    """The lines with their ends; a byte order mark is dropped."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    Problem(
-                        f"byte {offset + error.start} (0x{line[error.start]:02x}) is not UTF-8; convert the file, for "
-                        "example with: iconv -f LATIN1 -t UTF-8",
-                        location=f"{path}:{number}",
-                    )
-                ) from error
-            offset += len(line)
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
@@ -300,26 +292,19 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if text_column not in columns:
-                raise _missing_column(text_column, columns, str(path))
+                raise _missing_column(text_column, columns, path)
             column_type = file.schema_arrow.field(text_column).type
             if pa.types.is_dictionary(column_type):
                 column_type = column_type.value_type
             if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
-                raise InputError(
-                    Problem(
-                        f"column {text_column!r} holds {column_type}, not text; name a column of text in text_column",
-                        location=str(path),
-                    )
-                )
+                raise _no_text(text_column, str(column_type), path)
             for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except UnicodeDecodeError as error:
-        raise InputError(
-            Problem(f"column {text_column!r} holds bytes that are not UTF-8", location=str(path))
-        ) from error
+        raise _bad_file(f"column {text_column!r} holds bytes that are not UTF-8", path) from error
     except pa.ArrowException as error:
-        raise InputError(Problem(f"not a readable Parquet file: {error}", location=str(path))) from error
+        raise _bad_file(f"not a readable Parquet file: {error}", path) from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -343,8 +328,8 @@ _MIN_WORDS = 10
 
 
 def _find_modules(source: PythonDocsSource) -> tuple[list[Path], list[Problem]]:
-    """The Python files below the roots of the import system, ordered by a hash of their names, so that the first few are
-    of many packages. The names alone decide, not where Python is installed."""
+    """The Python files below the roots of the import system, ordered by a hash of their names, so that the first few
+    are of many packages. The names alone decide, not where Python is installed."""
     wanted = set(source.packages) if source.packages is not None else None
     modules: dict[str, Path] = {}
     packages = set()
@@ -383,8 +368,8 @@ def _hash(text: str) -> bytes:
 
 
 def _module_docs(paths: Iterable[Path]) -> Iterator[str]:
-    """One document for each module that has docstrings: those of the module, its classes and its functions, of ten words
-    or more, joined by blank lines. A docstring that came before is left out."""
+    """One document for each module that has docstrings: those of the module, its classes and its functions, of ten
+    words or more, joined by blank lines. A docstring that came before is left out."""
     seen: set[bytes] = set()
     for path in paths:
         new = []

@@ -1,8 +1,8 @@
 """Where a run's metrics, params and files are shown: what every tracker offers, and what all of them share.
 
-A tracker repeats what attempts/NNN/metrics.jsonl already holds, so each method may be called again with the same content
-and then adds nothing. This file imports the standard library only; a tracker's client library is imported by the
-module that implements the tracker, which only the controller imports.
+A tracker repeats what attempts/NNN/metrics.jsonl already holds, so each method may be called again with the same
+content and then adds nothing. This file imports the standard library only; a tracker's client library is imported by
+the module that implements the tracker, which only the controller imports.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-# Here, because mlflow reads the first one while it is imported, and this package is imported before it: by deepspeed in a
-# worker, by mlflow.py in the controller. Delivery retries by itself and finds or creates the MLflow run anew each time; a
+# Set here, because mlflow reads the first one while it is imported, and this package is imported before it (deepspeed
+# imports mlflow in every worker). Delivery retries by itself and finds or creates the MLflow run anew each time; a
 # retry inside one request could create it twice. The links that MLflow prints contain the password of the URI.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",

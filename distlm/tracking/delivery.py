@@ -142,13 +142,13 @@ def _sent_json(attempt: AttemptFolder) -> Path:
 
 
 def _make_durable(path: Path) -> None:
-    """The file comes first: a point that a power cut took from the file would be trained and delivered a second time."""
+    """The file comes first: what a power cut took from it would be trained, and delivered, a second time."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 class DeliveryThread:
-    """Delivers in the background, from the first `wake` to `close`, and retries for as long as the tracker is away."""
+    """Delivers in the background until `close`, and retries for as long as the tracker is away."""
 
     def __init__(self, run_folder: RunFolder, connect: Callable[[], Tracker]) -> None:
         """`connect` makes the tracker; it runs in the thread, again after each failure, and may be slow."""

@@ -137,8 +137,8 @@ class MlflowTracker:
     ) -> None:
         """Log a dataset as an input of the run, by description only: nothing is read.
 
-        `source` is a path, a URI or hf://datasets/NAME[@REVISION]; `columns` maps names to MLflow's types (string, long,
-        double, boolean). MLflow cuts `digest` to 36 characters and knows a dataset by its name and digest.
+        `source` is a path, a URI or hf://datasets/NAME[@REVISION]; `columns` maps names to MLflow's types (string,
+        long, double, boolean). MLflow knows a dataset by its name and the first 36 characters of `digest`.
         """
         kind, location = _dataset_source(source)
         schema = {"mlflow_colspec": [{"name": n, "type": t, "required": True} for n, t in columns.items()]}

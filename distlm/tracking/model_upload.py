@@ -1,7 +1,7 @@
 """Upload a trained model to MLflow: `python -m distlm.tracking.model_upload RUN_FOLDER --mlflow-run-id ID`.
 
-A process of its own, after training: it loads the model into memory, and what goes wrong here (exit code 1 and one line)
-takes nothing else with it. MLFLOW_TRACKING_URI names the store; it may hold a password, so it is not an argument.
+A process of its own, after training: it loads the model into memory, and what goes wrong here (exit code 1 and one
+line) takes nothing else with it. MLFLOW_TRACKING_URI names the store; it may hold a password, so it is no argument.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ from pathlib import Path
 from distlm.run_folder import RunFolder
 from distlm.tracking import redact_uri
 
-# Nobody repeats a single request of an upload, and the hub has nothing to say about a model of ours.
-os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 
 def upload_fill_mask(model_folder: Path, mlflow_run_id: str, registered_model_name: str | None = None) -> str:
     """Log a masked language model with its tokenizer as a fill-mask pipeline; returns its URI, models:/ID.
 
-    `model_folder` is in Hugging Face format. Needs MLFLOW_TRACKING_URI. The model belongs to the given MLflow run, whose
-    status stays as it is, and to that run's experiment; registering gives it a new version of the name.
+    `model_folder` is in Hugging Face format. Needs MLFLOW_TRACKING_URI. The model belongs to the given MLflow run,
+    whose status stays as it is, and to that run's experiment; registering gives it a new version of the name.
     """
     import mlflow
     import mlflow.transformers
@@ -36,8 +32,8 @@ def upload_fill_mask(model_folder: Path, mlflow_run_id: str, registered_model_na
     run = mlflow.MlflowClient().get_run(mlflow_run_id)
     # Without this the model would belong to the experiment "Default", with its files in the current folder.
     mlflow.set_experiment(experiment_id=run.info.experiment_id)
-    # Model.log is what mlflow.transformers.log_model calls; that one knows no run_id, only an active run, and making the
-    # run active would set it to RUNNING.
+    # Model.log is what mlflow.transformers.log_model calls; that one knows no run_id, only an active run, and making
+    # the run active would set it to RUNNING.
     logged = Model.log(
         artifact_path=None,
         name="model",
@@ -64,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mlflow-run-id", required=True)
     parser.add_argument("--registered-model-name")
     options = parser.parse_args(arguments)
+    # Unlike delivery, an upload repeats no request by itself; and the hub knows nothing about a model of ours.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ValueError("MLFLOW_TRACKING_URI is not set")

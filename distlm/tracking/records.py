@@ -9,7 +9,7 @@ One JSON object a line, each with a `kind`:
     event, failure, ...                                 whatever else was reported; kept for tools
 
 NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity", because JSON has no such numbers. The
-file is append-only, so steps that were trained again after a restore are in it twice; the reader tells which one counts.
+file is append-only, so a step that was trained again after a restore is in it twice; the reader tells which one counts.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]
 def read_metrics(run_folder: RunFolder, include_superseded: bool = False) -> list[StoredRecord]:
     """All records of a run in the order they were written, over all its attempts.
 
-    A restore from step S supersedes what earlier incarnations recorded for later steps, also where such a record arrived
-    after it. System records belong to a node's time and are never superseded.
+    A restore from step S supersedes what earlier incarnations recorded for later steps, also where such a record
+    arrived after it. System records belong to a node's time and are never superseded.
     """
     messages: list[tuple[int, dict[str, Any]]] = []
     restores: list[tuple[tuple[int, int], int]] = []

@@ -28,8 +28,8 @@ class RankFacts:
     `zero_stage` is that of the optimizer object that really runs, -1 if it is of no known kind. The numels count fp32
     weights: `local_state_numel` those that this rank's Adam steps, padding included; `total_state_numel` all trainable
     ones of the model, in `num_parameters` tensors. `device` is "cpu" or "cuda" with the GPU's UUID, because an index
-    depends on what a process may see. `sample_positions` are the global positions this rank trains in step 1, all micro batches;
-    `probes` maps some positions, the same on every rank, to a hash of the sample there.
+    depends on what a process may see. `sample_positions` are the global positions that this rank trains in step 1, over
+    all micro batches; `probes` maps some positions, the same on every rank, to a hash of the sample there.
     """
 
     rank: int

@@ -25,7 +25,6 @@ from torch import Tensor
 from distlm.errors import CheckpointError
 from distlm.worker import zero_state
 from distlm.worker.checkpoint_format import (
-    KINDS,
     Manifest,
     Range,
     Shard,
@@ -81,7 +80,7 @@ def _on_all_ranks(action: Callable[[], T]) -> list[T]:
     outcome: tuple[T | None, str]
     try:
         outcome = action(), ""
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         outcome = None, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(outcomes, outcome)

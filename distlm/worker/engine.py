@@ -130,7 +130,7 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
     _prepare_deepspeed_import(settings)
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
-    # Without the backend named, Accelerate believes on a CPU machine that it is alone; with cpu=True it drops DeepSpeed.
+    # On a CPU machine, Accelerate without a named backend believes it is alone, and with cpu=True it drops DeepSpeed.
     backend = InitProcessGroupKwargs(backend="nccl" if settings.device == "cuda" else "gloo")
     plugin = DeepSpeedPlugin(hf_ds_config=config)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[backend])
@@ -140,7 +140,7 @@ def _prepare_deepspeed_import(settings: EngineSettings) -> None:
     if settings.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    # DeepSpeed's autotuner imports mlflow (2 s), and workers never talk to MLflow. None makes the import an ImportError.
+    # DeepSpeed's autotuner imports mlflow (2 s) if it can; None makes that an ImportError. Workers never need mlflow.
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed, several times per layer and step at stage 3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -159,7 +159,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     in_norms = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             plain = id(parameter) in in_norms or len(full_shape(parameter)) < 2
@@ -189,16 +190,21 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     """Hand model and optimizer to DeepSpeed; collective. Train through the returned engine and `accelerator`."""
     engine, _ = accelerator.prepare(model, optimizer)
     if engine.zero_optimization_stage() == 0:
-        _record_grad_norm(engine)
+        _watch_grad_norm(engine)
     return engine
 
 
-def _record_grad_norm(engine: DeepSpeedEngine) -> None:
-    """At stage 0, DeepSpeed 0.19.8 clips in `clip_fp32_gradients` and throws the norm away. Keep it."""
+def _watch_grad_norm(engine: DeepSpeedEngine) -> None:
+    """Make stage 0 do as the others: keep the norm, and skip the update if it is not finite.
+
+    DeepSpeed 0.19.8 clips there in `clip_fp32_gradients`, throws the norm away and steps whatever it was.
+    """
 
     def clip_and_record() -> None:
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
         engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
+        if not torch.isfinite(engine._global_grad_norm):
+            engine.zero_grad()  # sets the gradients to None, and Adam passes over parameters without one
 
     engine.clip_fp32_gradients = clip_and_record
 
@@ -206,7 +212,7 @@ def _record_grad_norm(engine: DeepSpeedEngine) -> None:
 def global_grad_norm(engine: DeepSpeedEngine) -> float:
     """L2 norm of the last step's gradient over all ranks, before clipping.
 
-    Not finite if the gradient was not. Stages 1 to 3 have then skipped the update; stage 0 has applied it.
+    Infinite or NaN if the gradient was not finite; the update was then skipped, on every rank and at every stage.
     """
     return float(engine.get_global_grad_norm())
 

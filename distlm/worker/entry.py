@@ -7,12 +7,13 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlm.errors import DistlmError, ExitCode
-from distlm.run_folder import AttemptFolder, RunFolder
+from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 
 _DELIVERY_TIMEOUT_S = 10.0
 
@@ -81,8 +82,11 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
     run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))
     config = load_attempt(run, attempt).config
 
+    def push(message: dict[str, Any]) -> None:
+        told.mailbox.push.remote(message)
+
     def report(step: int, values: dict[str, float]) -> None:
-        told.mailbox.push.remote(Record(step, told.incarnation, now_ms(), values).to_message())
+        push(Record(step, told.incarnation, now_ms(), values).to_message())
 
     context = WorkerContext(
         config=config,
@@ -92,7 +96,18 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
         checkpoint=Path(told.checkpoint) if told.checkpoint else None,
         report=report,
     )
-    train(context)
+    with ExitStack() as scope:
+        if monitored_node is not None:
+            scope.enter_context(
+                SystemMonitor(
+                    push,
+                    node_rank=monitored_node,
+                    incarnation=told.incarnation,
+                    run_created_s=run_created_s(run.run_id),
+                    interval_s=config.tracking.system_metrics_interval_s,
+                )
+            )
+        train(context)
 
 
 def redirect_output(log: Path) -> None:

@@ -6,13 +6,14 @@ import shutil
 
 from distlm.errors import CheckpointError
 from distlm.run_folder import RunFolder
-from distlm.worker.checkpoint import latest_good, read_parameters
+from distlm.worker.checkpoint import read_parameters
+from distlm.worker.checkpoint_format import latest_good
 from distlm.worker.model import export_model
 
 
 def export_run(run: RunFolder) -> None:
     """Write the fp32 weights of the newest checkpoint, in one process and with no process group."""
-    checkpoint = latest_good(run.checkpoints)
+    checkpoint, _ = latest_good(run.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint to export")
     export_model(run.init / "model", dict(read_parameters(checkpoint.path)), run.model)

@@ -104,8 +104,8 @@ def forward_flops_per_sample(
     """FLOPs of one forward pass of the masked language model of `config` over one sequence, padding included.
 
     `num_predicted` is the mean number of positions for which the vocabulary projection is computed, when it is not
-    computed for all `sequence_length`. Attention in a sliding window counts as full attention. Counted on the meta device:
-    no memory, no weights.
+    computed for all `sequence_length`. Attention in a sliding window counts as full attention. Counted on the meta
+    device: no memory, no weights.
     """
     with torch.device("meta"):
         # Eager attention consists of plain matrix products, which the counter knows on every device.

@@ -38,7 +38,9 @@ class Prepared:
     forward_flops_per_sample: float
     """Floating-point operations of one forward pass over one sample of `max_seq_length` tokens."""
     data_info: dict[str, Any]
-    """Counts, sources and digest of the data."""
+    """`distlm.data.prepare.DataInfo`: counts, sources and digests of the data."""
+    data_was_cached: bool
+    """Nothing was tokenised for this attempt."""
 
 
 def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
@@ -46,7 +48,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
 
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
-    from distlm.data.pack import prepare_data
+    from distlm.data.prepare import prepare_data
     from distlm.data.tokenize import load_tokenizer
     from distlm.worker.metrics import forward_flops_per_sample
     from distlm.worker.model import save_initial_model
@@ -62,9 +64,8 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
 
-    info = asdict(data.info)
     before = read_json(run.init / "prepared.json")
-    if before is not None and before["data_info"]["digest"] != info["digest"]:
+    if before is not None and before["data_info"]["train"]["content_sha256"] != data.info.train.content_sha256:
         raise InputError(Problem(
             "the data is not what this run began with, so its samples cannot be continued; submit a new run",
             "data.train",
@@ -76,13 +77,12 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     if not (run.init / "tokenizer").exists():
         shutil.copytree(data.tokenizer_path, run.init / "tokenizer")
 
-    splits = info["splits"]
-    num_train_samples = splits["train"]["blocks"]
+    num_train_samples = data.info.train.num_blocks
     prepared = Prepared(
         train_path=str(data.train_path),
         validation_path=str(data.validation_path) if data.validation_path else None,
         num_train_samples=num_train_samples,
-        num_validation_samples=splits["validation"]["blocks"] if data.validation_path else 0,
+        num_validation_samples=data.info.validation.num_blocks if data.info.validation else 0,
         total_steps=_total_steps(config, num_train_samples),
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
@@ -90,7 +90,8 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
         num_parameters=_count_parameters(run),
         forward_flops_per_sample=forward_flops_per_sample(model_config, config.data.max_seq_length),
-        data_info=info,
+        data_info=asdict(data.info),
+        data_was_cached=data.cached,
     )
     learning_rate_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))

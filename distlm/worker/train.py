@@ -29,7 +29,8 @@ from distlm.errors import NonFiniteLossError
 from distlm.run_folder import RunFolder
 from distlm.tasks import Batch, Task, make_task
 from distlm.worker.attest import Expected, attest, gather_facts
-from distlm.worker.checkpoint import load_checkpoint, prune, save_checkpoint
+from distlm.worker.checkpoint import load_checkpoint, save_checkpoint
+from distlm.worker.checkpoint_format import prune
 from distlm.worker.engine import (
     EngineSettings,
     build_optimizer,
@@ -39,7 +40,7 @@ from distlm.worker.engine import (
     prepare,
     set_learning_rate,
 )
-from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib
+from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib, training_flops_per_sample
 from distlm.worker.model import load_model
 from distlm.worker.prepare import Prepared
 from distlm.worker.schedule import learning_rate_schedule
@@ -72,10 +73,11 @@ def train(context: WorkerContext) -> None:
         worker.train_step(step)
         if is_due(step, config.logging_steps, last_step) or step == worker.first_step:
             worker.log(step)
-        if is_due(step, config.eval_steps, last_step):
-            worker.evaluate(step)
-        if is_due(step, config.save_steps, last_step):
-            worker.save(step)
+        with worker.timer.paused():
+            if is_due(step, config.eval_steps, last_step):
+                worker.evaluate(step)
+            if is_due(step, config.save_steps, last_step):
+                worker.save(step)
 
 
 def is_due(step: int, interval: int | None, last_step: int) -> bool:
@@ -117,7 +119,7 @@ class Worker:
         self.engine = prepare(self.accelerator, model, optimizer)
         self.first_step = 1
         if context.checkpoint is not None:
-            self.first_step = int(load_checkpoint(self.engine, context.checkpoint)["step"]) + 1
+            self.first_step = load_checkpoint(self.engine, context.checkpoint).step + 1
 
         self.task: Task = make_task(config, prepared)
         self.train_data = PackedDataset(prepared.train_path)
@@ -135,7 +137,6 @@ class Worker:
 
     def train_step(self, step: int) -> None:
         """One optimizer step on this worker's micro batches."""
-        self.timer.start_step()
         micro_batches = self.my_micro_batches()
         batches = [self.samples(self.first_position(step, m), self.plan.micro_batch) for m in micro_batches]
         num_targets = self._sum_over_workers(sum(self.task.count_targets(batch) for batch in batches))
@@ -149,7 +150,7 @@ class Worker:
                 self.accelerator.backward(loss_sum * scale)
                 self._loss_sum += loss_sum.detach()
         self._num_targets += num_targets
-        self.timer.end_step()
+        self.timer.count(self.plan.global_batch * self.config.data.max_seq_length, self.plan.global_batch)
 
     def log(self, step: int) -> None:
         """Report the metrics of the steps since the last call. Collective. Raises NonFiniteLossError."""
@@ -239,6 +240,7 @@ class Worker:
         expected = Expected(
             world_size=self.config.resources.num_workers,
             zero_stage=self.config.deepspeed.zero_stage,
+            device_type=self.settings.device,
             first_position=base,
             global_batch_size=self.plan.global_batch,
         )
@@ -255,16 +257,14 @@ class Worker:
         loss = float(self._sum_over_workers(self._loss_sum)) / max(float(self._num_targets), 1.0)
         self._loss_sum.zero_()
         self._num_targets.zero_()
-        step_s = self.timer.mean_step_s()
-        samples_per_s = self.plan.global_batch / step_s
-        flops = 3 * self.prepared.forward_flops_per_sample * samples_per_s  # the backward pass costs twice the forward
+        speed = self.timer.collect()
+        flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * speed["throughput/samples_per_s"]
         return {
             "train/loss": loss,
             "learning_rate": self.schedule(step),
             "grad_norm": global_grad_norm(self.engine),
-            "throughput/tokens_per_s": samples_per_s * self.config.data.max_seq_length,
+            **speed,
             "throughput/device/mfu": flops / (self.peak_flops * self.world_size),
-            "time/step_s": step_s,
             "memory/peak_gib": self._max_over_workers(peak_memory_gib(self.device)),
             "epoch": step * self.plan.global_batch / self.prepared.num_train_samples,
         }

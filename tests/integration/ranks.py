@@ -116,7 +116,7 @@ def _rank_main(
         if join_process_group:
             torch.distributed.init_process_group("gloo")
         sender.send((True, function(*args)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the caller must hear of it
         sender.send((False, traceback.format_exc()))
     finally:
         if torch.distributed.is_initialized():

@@ -57,25 +57,32 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     return build_optimizer(groups, learning_rate=LEARNING_RATE, adam_beta2=0.98, adam_epsilon=1e-6)
 
 
-def settings(zero_stage: int, mixed_precision: Any = "no", world_size: int = WORLD_SIZE, **others: Any) -> EngineSettings:
+def settings(
+    zero_stage: int, mixed_precision: Any = "no", world_size: int = WORLD_SIZE, **others: Any
+) -> EngineSettings:
     accumulation = MICRO_BATCHES_PER_STEP // world_size
     return EngineSettings(zero_stage, mixed_precision, accumulation, MICRO_BATCH_SIZE, **others)
 
 
-def fresh_engine(engine_settings: EngineSettings, init: Path) -> tuple[Any, Any]:
-    """(accelerator, engine), as if in a new process: Accelerate's process-wide state is forgotten first."""
+def fresh_engine(engine_settings: EngineSettings, init: Path, frozen_prefix: str = "") -> tuple[Any, Any]:
+    """(accelerator, engine), as if in a new process: Accelerate's process-wide state is forgotten first.
+
+    Parameters whose names start with `frozen_prefix`, if given, do not train.
+    """
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(engine_settings)
     model = load_model(init)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen_prefix and name.startswith(frozen_prefix)))
     return accelerator, prepare(accelerator, model, adamw(model))
 
 
 def micro_batch(step: int, index: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, labels), both [MICRO_BATCH_SIZE, SEQUENCE_LENGTH]; counting sequences with 30 % masked."""
+    """(input_ids, labels), both [MICRO_BATCH_SIZE, SEQUENCE_LENGTH]; sequences that count up, 30 % masked."""
     generator = torch.Generator().manual_seed(1000 * step + index)
-    first = torch.randint(0, VOCAB_SIZE, (MICRO_BATCH_SIZE, 1), generator=generator)
+    first = 8 * torch.randint(0, VOCAB_SIZE // 8, (MICRO_BATCH_SIZE, 1), generator=generator)
     tokens = (first + torch.arange(SEQUENCE_LENGTH)) % VOCAB_SIZE
     masked = torch.rand(tokens.shape, generator=generator) < 0.3
     masked[:, 0] = True
@@ -109,7 +116,9 @@ def train_step(accelerator: Any, engine: Any, step: int, learning_rate: float = 
     return total.item()
 
 
-def plain_curve(init: Path, num_steps: int, max_grad_norm: float, bf16: bool = False) -> tuple[list[float], list[float]]:
+def plain_curve(
+    init: Path, num_steps: int, max_grad_norm: float, bf16: bool = False
+) -> tuple[list[float], list[float]]:
     """(losses, gradient norms before clipping) of a plain PyTorch loop on one process."""
     model = load_model(init).train()
     optimizer = adamw(model)

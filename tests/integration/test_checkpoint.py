@@ -1,0 +1,333 @@
+"""Checkpoints of real engines on two gloo processes: exact continuation, refusal of damage, survival of errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_on_ranks
+from tiny_training import WORLD_SIZE, fresh_engine, load_model, settings, train_step, write_initial_weights
+
+from distlm.errors import CheckpointError
+from distlm.worker import checkpoint_format, zero_state
+from distlm.worker.checkpoint import load_checkpoint, read_parameters, save_checkpoint
+from distlm.worker.checkpoint_format import (
+    MANIFEST_NAME,
+    Range,
+    check_coverage,
+    latest_good,
+    list_checkpoints,
+    prune,
+    read_manifest,
+    verify,
+)
+
+STAGES = (0, 1, 2, 3)
+SEED = 17
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_initial_weights(tmp_path_factory.mktemp("init"), dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def other_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_initial_weights(tmp_path_factory.mktemp("other_init"), seed=1, dropout=0.1)
+
+
+def save(engine: Any, folder: Path, step: int) -> Path:
+    return save_checkpoint(engine, folder, step, {"sample_position": 16 * step}, seed=SEED)
+
+
+def train_and_continue(folder: Path, init: Path, other_init: Path) -> dict[str, Any]:
+    """At each stage and precision: save at steps 0 and 3 and 5; load 3 into a fresh engine with other weights, train on
+    to 5 and save that elsewhere. Returns the losses of steps 3 and 4 of both."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        for stage in STAGES:
+            name = f"{precision}-{stage}"
+            accelerator, engine = fresh_engine(settings(stage, precision), init)
+            save(engine, folder / name, 0)
+            for step in range(3):
+                train_step(accelerator, engine, step)
+            path = save(engine, folder / name, 3)
+            uninterrupted = [train_step(accelerator, engine, step) for step in (3, 4)]
+            save(engine, folder / name, 5)
+
+            accelerator, engine = fresh_engine(settings(stage, precision), other_init)
+            manifest = load_checkpoint(engine, path)
+            assert (manifest.step, manifest.progress, manifest.seed) == (3, {"sample_position": 48}, SEED)
+            continued = [train_step(accelerator, engine, step) for step in (3, 4)]
+            save(engine, folder / f"{name}-continued", 5)
+            losses[name] = uninterrupted, continued
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, init: Path, other_init: Path) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, run_on_ranks(train_and_continue, WORLD_SIZE, folder, init, other_init)[0]
+
+
+def state_files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.glob("shard-*"))}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loaded_run_continues_bit_identically(trained: tuple[Path, Any], stage: int, precision: str) -> None:
+    folder, losses = trained
+    name = f"{precision}-{stage}"
+    uninterrupted, continued = losses[name]
+    assert uninterrupted == continued
+    end, continued_end = folder / name / "step-00000005", folder / f"{name}-continued" / "step-00000005"
+    assert state_files(end) == state_files(continued_end), "fp32 weights and both moments, every byte"
+    assert state_files(end) != state_files(folder / name / "step-00000003")
+    manifest = verify(end)
+    assert (manifest.zero_stage, manifest.mixed_precision, manifest.world_size) == (stage, precision, WORLD_SIZE)
+    assert manifest.optimizer["adam_step"] == 5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_step_0_holds_the_initial_weights(trained: tuple[Path, Any], init: Path, stage: int) -> None:
+    import torch
+
+    saved = dict(read_parameters(trained[0] / f"no-{stage}" / "step-00000000"))
+    model = dict(load_model(init).named_parameters())
+    assert saved.keys() == model.keys()
+    assert all(torch.equal(saved[name], model[name]) for name in model)
+
+
+def test_no_rank_holds_much_more_than_its_share(trained: tuple[Path, Any]) -> None:
+    for stage in STAGES:
+        sizes = [file.stat().st_size for file in (trained[0] / f"no-{stage}" / "step-00000005").glob("shard-*")]
+        assert len(sizes) == WORLD_SIZE
+        assert max(sizes) < 1.2 * min(sizes)
+
+
+def load_into(path: Path, folder: Path, other_init: Path, world_size: int) -> None:
+    for stage in STAGES:
+        _, engine = fresh_engine(settings(stage, world_size=world_size), other_init)
+        load_checkpoint(engine, path)
+        save(engine, folder / f"{stage}", 5)
+
+
+@pytest.mark.parametrize(("world_size", "written_at_stage"), [(1, 3), (2, 1)])
+def test_any_stage_and_world_size_reads_the_same_state(
+    trained: tuple[Path, Any], tmp_path: Path, other_init: Path, world_size: int, written_at_stage: int
+) -> None:
+    path = trained[0] / f"no-{written_at_stage}" / "step-00000005"
+    run_on_ranks(load_into, world_size, path, tmp_path, other_init, world_size)
+    for stage in STAGES:
+        copy = tmp_path / f"{stage}" / "step-00000005"
+        assert verify(copy).world_size == world_size
+        assert full_state(copy) == full_state(path)
+
+
+def full_state(path: Path) -> dict[tuple[str, str], bytes]:
+    """Every parameter's weight and moments, whole, as bytes."""
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(path)
+    tensors: dict[str, Any] = {}
+    for file in manifest.shards:
+        tensors |= load_file(path / file)
+    whole: dict[tuple[str, str], bytes] = {}
+    for r in sorted(r for shard in manifest.shards.values() for r in shard.ranges):
+        part = tensors[r.tensor_name].numpy().tobytes()
+        whole[r.name, r.kind] = whole.get((r.name, r.kind), b"") + part
+    return whole
+
+
+@pytest.fixture
+def checkpoints(trained: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A private copy of the checkpoints of steps 0, 3 and 5, to be damaged."""
+    return Path(shutil.copytree(trained[0] / "no-2", tmp_path / "checkpoints"))
+
+
+def truncate_shard(path: Path) -> None:
+    shard = path / "shard-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    shard = path / "shard-00000-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def remove_shard(path: Path) -> None:
+    (path / "shard-00000-of-00002.safetensors").unlink()
+
+
+def remove_manifest(path: Path) -> None:
+    (path / MANIFEST_NAME).unlink()
+
+
+def tear_manifest(path: Path) -> None:
+    manifest = path / MANIFEST_NAME
+    manifest.write_text(manifest.read_text()[:-100])
+
+
+def edit_manifest(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        content = json.loads((path / MANIFEST_NAME).read_text())
+        (path / MANIFEST_NAME).write_text(json.dumps(content | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate_shard, "shard-00001-of-00002.safetensors has .* bytes, the manifest says"),
+        (flip_a_bit, "shard-00000-of-00002.safetensors was altered"),
+        (remove_shard, "shard-00000-of-00002.safetensors cannot be read"),
+        (remove_manifest, "it was never committed"),
+        (tear_manifest, "manifest.json cannot be used"),
+        (edit_manifest(step=4), "does not match its own SHA-256"),
+        (edit_manifest(format_version=2), "format_version is 2; this distlm reads 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_skipped(
+    checkpoints: Path, damage: Callable[[Path], None], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(checkpoints / "step-00000005")
+    with pytest.raises(CheckpointError, match=reason):
+        verify(checkpoints / "step-00000005")
+    with caplog.at_level(logging.WARNING):
+        good, reasons = latest_good(checkpoints)
+    assert good == (3, checkpoints / "step-00000003")
+    assert len(reasons) == 1 and reasons[0] in caplog.text
+
+
+def test_listing_knows_unfinished_and_replaced_folders(checkpoints: Path) -> None:
+    (checkpoints / ".step-00000009.tmp-0a1b").mkdir()
+    (checkpoints / "step-00000005").rename(checkpoints / ".step-00000005.old")
+    shutil.copytree(checkpoints / "step-00000003", checkpoints / ".step-00000003.old")
+    assert [(c.step, c.path.name) for c in list_checkpoints(checkpoints)] == [
+        (5, ".step-00000005.old"),
+        (3, "step-00000003"),
+        (0, "step-00000000"),
+    ]
+    checkpoint_format.begin(checkpoints, 7, "attempt").rmdir()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000000", "step-00000003", "step-00000005"]
+    assert list_checkpoints(checkpoints / "nowhere") == []
+
+
+def test_pruning_keeps_the_newest_and_never_deletes_the_last_good_one(checkpoints: Path) -> None:
+    def steps() -> list[int]:
+        return [checkpoint.step for checkpoint in list_checkpoints(checkpoints)]
+
+    assert prune(checkpoints, 3) == []
+    assert prune(checkpoints, 2) == [checkpoints / "step-00000000"]
+    flip_a_bit(checkpoints / "step-00000005")
+    assert prune(checkpoints, 1) == []
+    assert steps() == [5, 3]
+    flip_a_bit(checkpoints / "step-00000003")
+    assert prune(checkpoints, 1) == []
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        prune(checkpoints, 0)
+
+
+def test_coverage_names_what_is_missing_double_or_unknown() -> None:
+    parameters = {"w": {"shape": [2, 3]}}
+    kinds = checkpoint_format.KINDS
+    whole = [Range("w", kind, start, numel) for kind in kinds for start, numel in ((0, 4), (4, 2))]
+    check_coverage(parameters, reversed(whole))
+    for ranges, reason in (
+        (whole[:-1], "exp_avg_sq of w covers 4 of 6 elements"),
+        (whole[1:], "weight of w is missing at element 0"),
+        ([*whole, whole[1]], "weight of w is there twice at element 4"),
+        ([*whole, Range("v", "weight", 0, 1)], "weight of v, which is no trainable parameter"),
+        (whole[2:], "weight of w covers 0 of 6 elements"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            check_coverage(parameters, ranges)
+
+
+def save_with_frozen_embeddings(folder: Path, init: Path, other_init: Path) -> dict[int, list[str]]:
+    """Per stage: which parameters are in a checkpoint of a model whose embeddings do not train. Loads it, too."""
+    names = {}
+    for stage in STAGES:
+        accelerator, engine = fresh_engine(settings(stage, "bf16"), init, "bert.embeddings.")
+        train_step(accelerator, engine, 0)
+        path = save(engine, folder / f"{stage}", 1)
+        _, engine = fresh_engine(settings(stage, "bf16"), other_init, "bert.embeddings.")
+        names[stage] = list(load_checkpoint(engine, path).parameters)
+        assert state_files(save(engine, folder / f"{stage}-again", 1)) == state_files(path)
+    return names
+
+
+def test_frozen_parameters_are_not_saved(tmp_path: Path, init: Path, other_init: Path) -> None:
+    trainable = [name for name, _ in load_model(init).named_parameters() if not name.startswith("bert.embeddings.")]
+    for names in run_on_ranks(save_with_frozen_embeddings, WORLD_SIZE, tmp_path, init, other_init):
+        assert names == dict.fromkeys(STAGES, trainable)
+
+
+def survive_errors(folder: Path, init: Path) -> dict[str, str]:
+    """Save once, fail on rank 1 in several ways, save again. Returns each error's text."""
+    import torch
+
+    accelerator, engine = fresh_engine(settings(2), init)
+    train_step(accelerator, engine, 0)
+    before = state_files(save(engine, folder, 1))
+    errors = {}
+    rank = torch.distributed.get_rank()
+
+    def expect_error(name: str, step: int) -> None:
+        try:
+            save(engine, folder, step)
+        except CheckpointError as error:
+            errors[name] = str(error)
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    expect_error("file size limit", 2)
+    expect_error("while replacing", 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    real_fragments = zero_state.fragments
+    if rank == 1:
+        zero_state.fragments = lambda engine: list(real_fragments(engine))[1:]
+    expect_error("incomplete", 2)
+    zero_state.fragments = real_fragments
+
+    parameter = next(p for p in engine.module.parameters() if p._hp_mapping is not None)
+    saved_mapping = parameter._hp_mapping
+    if rank == 1:
+        del parameter._hp_mapping
+    expect_error("another DeepSpeed", 2)
+    parameter._hp_mapping = saved_mapping
+
+    try:
+        load_checkpoint(engine, folder / "step-00000099")
+    except CheckpointError as error:
+        errors["load"] = str(error)
+    assert state_files(folder / "step-00000001") == before and verify(folder / "step-00000001")
+    train_step(accelerator, engine, 1)
+    save(engine, folder, 1)
+    return errors
+
+
+def test_an_error_on_one_rank_reaches_all_and_keeps_the_earlier_checkpoint(tmp_path: Path, init: Path) -> None:
+    ranks = run_on_ranks(survive_errors, WORLD_SIZE, tmp_path, init)
+    assert ranks[0] == ranks[1], "all ranks raise the same error"
+    errors = ranks[0]
+    for name in ("file size limit", "while replacing"):
+        assert errors[name].startswith("rank 1: cannot write ")
+        assert "shard-00001-of-00002.safetensors" in errors[name] and "File too large" in errors[name]
+    assert errors["incomplete"].startswith("rank 0: ") and " of " in errors["incomplete"]
+    assert "rank 1: " in errors["another DeepSpeed"] and "has no _hp_mapping" in errors["another DeepSpeed"]
+    assert "it was never committed" in errors["load"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "no temporary folder is left"
+    assert verify(tmp_path / "step-00000001").optimizer["adam_step"] == 2, "replaced by the last save"
