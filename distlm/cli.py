@@ -217,11 +217,29 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from importlib.util import find_spec
+
+    store = (options.runs_dir / "mlflow.db").absolute()
+    if not store.is_file():
+        raise InputError(f"there is no embedded MLflow store in {options.runs_dir}; use --runs-dir, or open the server that "
+                         "the run's tracking URI names")  # fmt: skip
+    if find_spec("mlflow") is None:
+        raise InputError("the MLflow UI needs mlflow: pip install 'distlm[train]'")
+    print(f"MLflow UI on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    # Job execution starts 8 more processes of 250 MB each, which nothing here uses.
+    os.environ.update(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true")
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}", "--host", options.host,
+        "--port", str(options.port), "--workers", "1",
+    ]  # fmt: skip
+    os.execv(sys.executable, command)  # noqa: S606 - Ctrl-C and the exit code are the server's own
 
 
 def _sync(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    import subprocess
+
+    run = find_run(options.runs_dir, options.run)
+    return subprocess.call([sys.executable, "-m", "distlm.tracking.sync", str(run.path)])
 
 
 if __name__ == "__main__":

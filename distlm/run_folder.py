@@ -155,6 +155,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def model_upload_json(self) -> Path:
+        return self.path / "model_upload.json"
+
     def attempts(self) -> list[AttemptFolder]:
         """All attempts, oldest first."""
         return [AttemptFolder(path) for path in sorted(self.path.glob("attempts/[0-9][0-9][0-9]*"))]

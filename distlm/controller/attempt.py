@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import semantic_params
@@ -27,6 +27,9 @@ from distlm.worker.checkpoint_format import latest_good
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
+if TYPE_CHECKING:
+    from distlm.tracking.mlflow import MlflowTracker
+
 _POLL_INTERVAL_S = 0.5
 _TRACKER_TIMEOUT_S = 60.0
 
@@ -40,6 +43,7 @@ class AttemptController:
         self.config: RunConfig = loaded.config
         self.policy: Policy = StopAtFirstFailure()
         self.failures: list[dict[str, Any]] = []
+        self._tracker: MlflowTracker | None = None
 
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
@@ -208,30 +212,39 @@ class AttemptController:
                               "folder and sent when it does")  # fmt: skip
 
     def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
-        """Logs and the model to the tracker, then the status."""
+        """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
+        problem = ""
         if not recorder.close(_mlflow_status(outcome.exit_code), _TRACKER_TIMEOUT_S):
-            self.progress.say(f"warning: MLflow has not got everything ({recorder.tracker_problem}); nothing is lost: send "
-                              f"the rest with `distlm sync {self.run.run_id}`")  # fmt: skip
+            problem = recorder.tracker_problem
+        elif self._tracker and self.config.tracking.log_model and outcome.exit_code == ExitCode.SUCCEEDED:
+            from distlm.tracking.model_upload import upload_once
+
+            self.progress.say("uploading the model to MLflow")
+            problem = upload_once(
+                self.run,
+                self._tracker.mlflow_run_id,
+                self._tracker.tracking_uri,
+                self.config.tracking.registered_model_name,
+            )
+        if problem:
+            self.progress.say(
+                f"warning: MLflow has not got everything ({problem}); nothing is lost: send the rest with "
+                f"`distlm sync {self.run.run_id}`"
+            )
 
     def _tracker_factory(self) -> Callable[[], Tracker] | None:
         if "mlflow" not in self.config.tracking.report_to:
             return None
 
-        def connect_mlflow() -> Tracker:
-            from distlm.tracking.mlflow import MlflowTracker
+        def connect_to_mlflow() -> Tracker:
+            from distlm.tracking.sync import connect_mlflow  # mlflow takes 3 s to import, in the delivery's thread
 
-            tracking = self.config.tracking
-            return MlflowTracker.connect(
-                run_id=self.run.run_id,
-                run_name=self.config.name,
-                experiment_name=tracking.experiment_name,
-                runs_dir=self.run.runs_dir,
-                tracking_uri=tracking.tracking_uri,
-            )
+            self._tracker = connect_mlflow(self.config, self.run)
+            return self._tracker
 
-        return connect_mlflow
+        return connect_to_mlflow
 
 
 def _mlflow_status(exit_code: ExitCode) -> str:

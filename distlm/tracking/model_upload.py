@@ -8,12 +8,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from distlm.run_folder import RunFolder
+from distlm.run_folder import RunFolder, read_json, write_json
 from distlm.tracking import redact_uri
+
+_TIMEOUT_S = 3600.0
+
+
+def upload_once(run: RunFolder, mlflow_run_id: str, tracking_uri: str, registered_model_name: str | None) -> str:
+    """Upload model/ in a child process unless this MLflow run has it; why that failed in one line, or "".
+
+    model_upload.json in the run's folder remembers what was uploaded where.
+    """
+    done = read_json(run.model_upload_json)
+    if done and done["mlflow_run_id"] == mlflow_run_id:
+        return ""
+    command = [sys.executable, "-m", __name__, str(run.path), "--mlflow-run-id", mlflow_run_id]
+    if registered_model_name:
+        command += ["--registered-model-name", registered_model_name]
+    try:
+        child = subprocess.run(
+            command, env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}, capture_output=True, text=True,
+            timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"the upload took more than {_TIMEOUT_S:.0f} s"
+    print(redact_uri(child.stdout + child.stderr), flush=True)  # the controller's log
+    lines = (child.stdout if child.returncode == 0 else child.stderr).strip().splitlines()
+    if child.returncode != 0:
+        return redact_uri(lines[-1]) if lines else f"exit code {child.returncode}"
+    write_json(run.model_upload_json, {"mlflow_run_id": mlflow_run_id, "model_uri": lines[-1]})
+    return ""
 
 
 def upload_fill_mask(model_folder: Path, mlflow_run_id: str, registered_model_name: str | None = None) -> str:

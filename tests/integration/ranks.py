@@ -35,7 +35,7 @@ def run_on_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 240.0,
+    timeout_s: float = 480.0,
     join_process_group: bool = True,
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` processes and return their results, rank 0 first.
@@ -73,9 +73,9 @@ def _collect(receivers: dict[Connection, int], world_size: int, timeout_s: float
     while receivers:
         ready = wait(list(receivers), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            failures.update({rank: "gave no answer before the deadline" for rank in receivers.values()})
+            failures.update(dict.fromkeys(receivers.values(), "gave no answer before the deadline"))
             break
-        for connection in ready:
+        for connection in [connection for connection in receivers if connection in ready]:
             rank = receivers.pop(connection)
             try:
                 succeeded, value = connection.recv()

@@ -99,7 +99,9 @@ def num_masked_tokens(batches: Sequence[tuple[Tensor, Tensor]]) -> int:
     return sum(int((labels != -100).sum()) for _, labels in batches)
 
 
-def train_step(accelerator: Any, engine: Any, step: int, learning_rate: float = LEARNING_RATE) -> float:
+def train_step(
+    accelerator: Any, engine: Any, step: int, learning_rate: float = LEARNING_RATE, loss_factor: float = 1.0
+) -> float:
     """One optimizer step on the step's micro batches; returns the mean loss per masked token over all ranks."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     batches = [micro_batch(step, index) for index in range(MICRO_BATCHES_PER_STEP)]
@@ -111,7 +113,7 @@ def train_step(accelerator: Any, engine: Any, step: int, learning_rate: float = 
         loss = loss_sum(engine, *batches[index])
         total += loss.detach() / num_tokens
         with accelerator.accumulate(engine):
-            accelerator.backward(loss * MICRO_BATCHES_PER_STEP / num_tokens)
+            accelerator.backward(loss_factor * loss * MICRO_BATCHES_PER_STEP / num_tokens)
     torch.distributed.all_reduce(total)
     return total.item()
 

@@ -1,0 +1,62 @@
+"""`python -m distlm.tracking.sync RUN_FOLDER`: send to MLflow what it has not had yet of a run, the model included."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from distlm.config.attempt import load_attempt
+from distlm.config.schema import RunConfig
+from distlm.errors import DistlmError, ExitCode, InfrastructureError, InputError
+from distlm.run_folder import RunFolder, lease
+from distlm.tracking import Tracker, redact_uri
+from distlm.tracking.delivery import sync
+from distlm.tracking.mlflow import MlflowTracker
+from distlm.tracking.model_upload import upload_once
+
+
+def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:
+    """The MLflow run of a distlm run, where its config wants it."""
+    return MlflowTracker.connect(
+        run_id=run.run_id,
+        run_name=config.name,
+        experiment_name=config.tracking.experiment_name,
+        runs_dir=run.runs_dir,
+        tracking_uri=config.tracking.tracking_uri,
+    )
+
+
+def sync_run(run: RunFolder) -> str:
+    """Send everything that is missing; says what was sent. Raises DistlmError where that is not possible."""
+    attempts = run.attempts()
+    config = load_attempt(run, attempts[-1]).config
+    if "mlflow" not in config.tracking.report_to:
+        raise InputError("tracking.report_to of this run does not name mlflow, so there is nothing to send")
+    with lease(run):
+        tracker = connect_mlflow(config, run)
+        num_points = _sync(run, tracker)
+        if run.model.is_dir() and config.tracking.log_model:
+            registered_name = config.tracking.registered_model_name
+            if problem := upload_once(run, tracker.mlflow_run_id, tracker.tracking_uri, registered_name):
+                raise InfrastructureError(problem)
+    return f"{num_points} points sent to {redact_uri(tracker.tracking_uri)}"
+
+
+def _sync(run: RunFolder, tracker: Tracker) -> int:
+    try:
+        return sync(run, tracker)
+    except Exception as error:  # noqa: BLE001 - an outage of any kind
+        raise InfrastructureError(f"MLflow does not take it now: {redact_uri(str(error))}") from error
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        print(sync_run(RunFolder(Path(arguments[0]))))
+    except DistlmError as error:
+        print(f"distlm: {error}", file=sys.stderr)
+        return error.exit_code
+    return ExitCode.SUCCEEDED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
