@@ -17,8 +17,8 @@ import time
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "distlm --help": ["-m", "distlm.cli", "--help"],
-    "distlm validate configs/pretrain.yaml": ["-m", "distlm.cli", "validate", "configs/pretrain.yaml"],
-    "distlm submit --dry-run configs/pretrain.yaml": ["-m", "distlm.cli", "submit", "--dry-run", "configs/pretrain.yaml"],
+    "distlm validate": ["-m", "distlm.cli", "validate", "configs/pretrain.yaml"],
+    "distlm submit --dry-run": ["-m", "distlm.cli", "submit", "--dry-run", "configs/pretrain.yaml"],
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     baseline = statistics.median(times["python -c pass"])
     for name, measured in times.items():
         median = statistics.median(measured)
-        print(f"{name:48s} {median:6.3f} s   {median / baseline:5.1f} x the bare interpreter")
+        print(f"{name:24s} {median:6.3f} s   {median / baseline:5.1f} x the bare interpreter")
 
 
 if __name__ == "__main__":

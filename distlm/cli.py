@@ -37,9 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="distlm", description="One YAML file describes a training run; distlm trains it.", epilog=_EPILOG,
+        prog="distlm",
+        description="One YAML file describes a training run; distlm trains it.",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"distlm {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -99,9 +101,11 @@ def _submit(options: argparse.Namespace) -> int:
     create_run(loaded, run)
     attempt = run.new_attempt()
     Attempt(
-        target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides,
+        target=loaded.config.resources.target,
+        distlm_version=__version__,
+        overrides=options.overrides,
         origins=loaded.origins,
-    ).write(attempt)  # fmt: skip
+    ).write(attempt)
     print(f"run {run.run_id} in {os.path.relpath(run.path)}", flush=True)
     code = launcher.submit(request, attempt, options.detach)
     return _report(run, code) if not options.detach else code
@@ -113,8 +117,9 @@ def _create(run: RunFolder) -> None:
     except OSError as error:
         from distlm.errors import Problem
 
-        raise InputError(Problem(f"cannot create the folder of the run: {error.strerror}", "runs_dir",
-                                 str(run.runs_dir))) from None  # fmt: skip
+        raise InputError(
+            Problem(f"cannot create the folder of the run: {error.strerror}", "runs_dir", str(run.runs_dir))
+        ) from None
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -132,9 +137,11 @@ def _resume(options: argparse.Namespace) -> int:
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         attempt = run.new_attempt()
         Attempt(
-            target=loaded.config.resources.target, distlm_version=__version__, overrides=options.overrides,
+            target=loaded.config.resources.target,
+            distlm_version=__version__,
+            overrides=options.overrides,
             changes=changes,
-        ).write(attempt)  # fmt: skip
+        ).write(attempt)
     print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code
@@ -221,18 +228,30 @@ def _ui(options: argparse.Namespace) -> int:
 
     store = (options.runs_dir / "mlflow.db").absolute()
     if not store.is_file():
-        raise InputError(f"there is no embedded MLflow store in {options.runs_dir}; use --runs-dir, or open the server that "
-                         "the run's tracking URI names")  # fmt: skip
+        raise InputError(
+            f"there is no embedded MLflow store in {options.runs_dir}; use --runs-dir, or open the server that "
+            "the run's tracking URI names"
+        )
     if find_spec("mlflow") is None:
         raise InputError("the MLflow UI needs mlflow: pip install 'distlm[train]'")
     print(f"MLflow UI on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     # Job execution starts 8 more processes of 250 MB each, which nothing here uses.
     os.environ.update(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true")
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}", "--host", options.host,
-        "--port", str(options.port), "--workers", "1",
-    ]  # fmt: skip
-    os.execv(sys.executable, command)  # noqa: S606 - Ctrl-C and the exit code are the server's own
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{store}",
+        "--host",
+        options.host,
+        "--port",
+        str(options.port),
+        "--workers",
+        "1",
+    ]
+    os.execv(sys.executable, command)
 
 
 def _sync(options: argparse.Namespace) -> int:

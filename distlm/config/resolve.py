@@ -7,14 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import TypeIs
+
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
 
 MAY_CHANGE_ON_RESUME = (
-    "resources.", "tracking.", "runs_dir", "env", "training.max_steps", "training.num_train_epochs",
-    "training.save_steps", "training.save_total_limit", "training.eval_steps", "training.max_eval_samples",
-    "training.per_device_eval_batch_size", "training.logging_steps",
-)  # fmt: skip
+    "resources.",
+    "tracking.",
+    "runs_dir",
+    "env",
+    "training.max_steps",
+    "training.num_train_epochs",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.eval_steps",
+    "training.max_eval_samples",
+    "training.per_device_eval_batch_size",
+    "training.logging_steps",
+)
 """Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
 
 NOT_SEMANTICS = ("name", "resources.", "tracking.", "runs_dir", "env")
@@ -22,17 +33,40 @@ NOT_SEMANTICS = ("name", "resources.", "tracking.", "runs_dir", "env")
 
 # BertConfig's keys as of transformers 5.23, so that a typo is found without importing transformers; a test holds them
 # equal. Other architectures are checked against their own class by the controller's preflight.
-BERT_KEYS = frozenset((
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
-    "initializer_range", "layer_norm_eps", "pad_token_id", "use_cache", "classifier_dropout", "is_decoder",
-    "add_cross_attention", "bos_token_id", "eos_token_id", "tie_word_embeddings",
-))  # fmt: skip
+BERT_KEYS = frozenset(
+    (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "initializer_range",
+        "layer_norm_eps",
+        "pad_token_id",
+        "use_cache",
+        "classifier_dropout",
+        "is_decoder",
+        "add_cross_attention",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    )
+)
 _BERT_DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512}
 _COUNTS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +118,9 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
 
     if (training.max_steps is None) == (training.num_train_epochs is None):
         which = "neither is" if training.max_steps is None else "both are"
-        yield Problem(f"give exactly one of training.max_steps and training.num_train_epochs; {which} given",
-                      "training.max_steps")  # fmt: skip
+        yield Problem(
+            f"give exactly one of training.max_steps and training.num_train_epochs; {which} given", "training.max_steps"
+        )
     if training.warmup_steps >= 1 and training.warmup_steps != int(training.warmup_steps):
         yield Problem("must be a whole number of steps, or a share below 1", "training.warmup_steps")
     if (
@@ -93,19 +128,24 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
         and training.warmup_steps
         and "warmup_steps" in training.model_fields_set
     ):
-        yield Problem("the schedule constant has no warm-up; use constant_with_warmup, or leave this out",
-                      "training.warmup_steps")  # fmt: skip
+        yield Problem(
+            "the schedule constant has no warm-up; use constant_with_warmup, or leave this out", "training.warmup_steps"
+        )
     if training.lr_scheduler_type in ("constant", "constant_with_warmup") and training.lr_scheduler_kwargs:
         yield Problem(f"the schedule {training.lr_scheduler_type} takes no arguments", "training.lr_scheduler_kwargs")
     if training.max_steps is not None and training.warmup_steps > training.max_steps:
         yield Problem(f"is longer than training.max_steps = {training.max_steps}", "training.warmup_steps")
 
     if deepspeed.offload_param_device != "none" and deepspeed.zero_stage != 3:
-        yield Problem(f"parameters can be offloaded at deepspeed.zero_stage 3 only, not {deepspeed.zero_stage}",
-                      "deepspeed.offload_param_device")  # fmt: skip
+        yield Problem(
+            f"parameters can be offloaded at deepspeed.zero_stage 3 only, not {deepspeed.zero_stage}",
+            "deepspeed.offload_param_device",
+        )
     if deepspeed.offload_optimizer_device != "none" and deepspeed.zero_stage == 0:
-        yield Problem("the optimizer can be offloaded at deepspeed.zero_stage 1, 2 or 3, not 0",
-                      "deepspeed.offload_optimizer_device")  # fmt: skip
+        yield Problem(
+            "the optimizer can be offloaded at deepspeed.zero_stage 1, 2 or 3, not 0",
+            "deepspeed.offload_optimizer_device",
+        )
 
     on_cpu = resources.device == "cpu" or (resources.device == "auto" and gpu_count == 0)
     if training.mixed_precision == "fp16" and on_cpu:
@@ -115,11 +155,14 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "fp16 needs deepspeed.zero_stage 1, 2 or 3; at stage 0 use bf16 or no", "training.mixed_precision"
         )
     if config.model.attn_implementation == "flash_attention_2" and on_cpu:
-        yield Problem("flash_attention_2 needs a GPU, and the workers run on CPUs; use sdpa or eager",
-                      "model.attn_implementation")  # fmt: skip
+        yield Problem(
+            "flash_attention_2 needs a GPU, and the workers run on CPUs; use sdpa or eager", "model.attn_implementation"
+        )
     if config.model.attn_implementation == "flash_attention_2" and training.mixed_precision == "no":
-        yield Problem("flash_attention_2 computes in bf16 or fp16, not in fp32; set training.mixed_precision",
-                      "model.attn_implementation")  # fmt: skip
+        yield Problem(
+            "flash_attention_2 computes in bf16 or fp16, not in fp32; set training.mixed_precision",
+            "model.attn_implementation",
+        )
     if resources.device == "cuda" and gpu_count == 0:
         yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
     elif not on_cpu and gpu_count and resources.num_workers > gpu_count:
@@ -128,13 +171,17 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
     if config.tokenizer.name_or_path and config.tokenizer.train:
         yield Problem("give tokenizer.name_or_path or tokenizer.train, not both", "tokenizer.name_or_path")
     if config.model.config is not None and not (config.tokenizer.name_or_path or config.tokenizer.train):
-        yield Problem("a model from scratch needs a tokenizer: give tokenizer.name_or_path (a folder or Hub name) or "
-                      "tokenizer.train: {vocab_size: ...}", "tokenizer")  # fmt: skip
+        yield Problem(
+            "a model from scratch needs a tokenizer: give tokenizer.name_or_path (a folder or Hub name) or "
+            "tokenizer.train: {vocab_size: ...}",
+            "tokenizer",
+        )
     if config.data.validation and "validation_fraction" in config.data.model_fields_set:
         yield Problem("has no meaning beside data.validation; give one of the two", "data.validation_fraction")
     if training.eval_steps and not config.data.validation and not config.data.validation_fraction:
-        yield Problem("there is nothing to evaluate on: give data.validation or data.validation_fraction",
-                      "training.eval_steps")  # fmt: skip
+        yield Problem(
+            "there is nothing to evaluate on: give data.validation or data.validation_fraction", "training.eval_steps"
+        )
     if config.tracking.registered_model_name and not config.tracking.log_model:
         yield Problem("a model is registered only if tracking.log_model is true", "tracking.registered_model_name")
 
@@ -160,8 +207,10 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     keys = config.model.config
     if (keys is None) == (config.model.name_or_path is None):
         which = "neither is" if keys is None else "both are"
-        yield Problem(f"give exactly one of model.name_or_path (pretrained) and model.config (from scratch); {which} "
-                      "given", "model")  # fmt: skip
+        yield Problem(
+            f"give exactly one of model.name_or_path (pretrained) and model.config (from scratch); {which} given",
+            "model",
+        )
     if keys is None:
         return
     model_type = keys.get("model_type")
@@ -179,19 +228,25 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         keys = {**_BERT_DEFAULTS, **keys}
     hidden, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
     if _is_count(hidden) and _is_count(heads) and hidden % heads:
-        yield Problem(f"{hidden} is no multiple of model.config.num_attention_heads = {heads}",
-                      "model.config.hidden_size")  # fmt: skip
+        yield Problem(
+            f"{hidden} is no multiple of model.config.num_attention_heads = {heads}", "model.config.hidden_size"
+        )
     positions = keys.get("max_position_embeddings")
     if _is_count(positions) and config.data.max_seq_length > positions:
-        yield Problem(f"{config.data.max_seq_length} tokens are more than model.config.max_position_embeddings = "
-                      f"{positions}", "data.max_seq_length")  # fmt: skip
+        yield Problem(
+            f"{config.data.max_seq_length} tokens are more than model.config.max_position_embeddings = {positions}",
+            "data.max_seq_length",
+        )
     vocab_size, trained = keys.get("vocab_size"), config.tokenizer.train
     if _is_count(vocab_size) and trained and trained.vocab_size > vocab_size:
-        yield Problem(f"is smaller than tokenizer.train.vocab_size = {trained.vocab_size}; leave it out and it follows "
-                      "the tokenizer", "model.config.vocab_size")  # fmt: skip
+        yield Problem(
+            f"is smaller than tokenizer.train.vocab_size = {trained.vocab_size}; leave it out and it follows "
+            "the tokenizer",
+            "model.config.vocab_size",
+        )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

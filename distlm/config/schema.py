@@ -19,9 +19,13 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, no silent conversion of types."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
         protected_namespaces=(),
-    )  # fmt: skip
+    )
 
 
 class MaskedLMTask(Section):

@@ -63,7 +63,7 @@ def _run(
     except DistlmError as error:
         traceback.print_exc()
         return Outcome(error.exit_code, str(error)), []
-    except Exception as error:  # a fault of ours or of a library: still an outcome, with its cause
+    except Exception as error:  # noqa: BLE001 - a fault of ours or of a library: still an outcome, with its cause
         traceback.print_exc()
         return Outcome(ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {error}", details=traceback.format_exc()), []
 
@@ -81,9 +81,14 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: th
     controller = AttemptController(run, folder, progress, stop)
     embedded = "RAY_ADDRESS" not in os.environ
     temporary_root = make_temporary_root() if embedded else None
-    write_json(folder.handle_json, {
-        "host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(temporary_root or ""),
-    })  # fmt: skip
+    write_json(
+        folder.handle_json,
+        {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "temporary_root": str(temporary_root or ""),
+        },
+    )
     return controller.execute(temporary_root)
 
 
@@ -91,18 +96,21 @@ def write_result(
     folder: AttemptFolder, outcome: Outcome, started: float, problems: list[dict[str, str]] | None = None
 ) -> None:
     """result.json: how the attempt ended."""
-    write_json(folder.result_json, {
-        "state": outcome.state,
-        "exit_code": int(outcome.exit_code),
-        "message": outcome.message,
-        "problems": problems or [],
-        "rank": outcome.rank,
-        "host": outcome.host,
-        "details": outcome.details,
-        "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
-        "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    })  # fmt: skip
+    write_json(
+        folder.result_json,
+        {
+            "state": outcome.state,
+            "exit_code": int(outcome.exit_code),
+            "message": outcome.message,
+            "problems": problems or [],
+            "rank": outcome.rank,
+            "host": outcome.host,
+            "details": outcome.details,
+            "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
+            "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -73,8 +73,6 @@ class AttemptController:
         """Preflight, then everything that is made once."""
         import ray
 
-        from distlm.worker.prepare import prepare_run
-
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
         self.progress.say("preparing data, tokenizer and initial weights")
@@ -123,9 +121,9 @@ class AttemptController:
             self.progress.say(f"warning: a checkpoint is not used: {reason}")
         step = checkpoint.step if checkpoint else 0
         if step > prepared.total_steps:
-            raise InputError(Problem(
-                f"the run has {step} steps already; give more than that", "training.max_steps", str(prepared.total_steps)
-            ))  # fmt: skip
+            raise InputError(
+                Problem(f"the run has {step} steps already; give more", "training.max_steps", str(prepared.total_steps))
+            )
         if step == prepared.total_steps:
             return Outcome(ExitCode.SUCCEEDED)
         if checkpoint:
@@ -179,18 +177,20 @@ class AttemptController:
         """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
         config, attempt = self.config, Attempt.read(self.folder)
         recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
-        recorder.set_tags({
-            "distlm.attempt": str(self.folder.number),
-            "distlm.target": attempt.target,
-            "distlm.device": cluster.device,
-            "distlm.world_size": str(config.resources.num_workers),
-            "distlm.zero_stage": str(config.deepspeed.zero_stage),
-            "distlm.overrides": " ".join([*attempt.overrides]),
-            "distlm.run_folder": str(self.run.path),
-            "distlm.git_commit": git_commit(),
-            "distlm.num_parameters": str(prepared.num_parameters),
-            **{f"distlm.version.{package}": version for package, version in versions().items()},
-        })  # fmt: skip
+        recorder.set_tags(
+            {
+                "distlm.attempt": str(self.folder.number),
+                "distlm.target": attempt.target,
+                "distlm.device": cluster.device,
+                "distlm.world_size": str(config.resources.num_workers),
+                "distlm.zero_stage": str(config.deepspeed.zero_stage),
+                "distlm.overrides": " ".join([*attempt.overrides]),
+                "distlm.run_folder": str(self.run.path),
+                "distlm.git_commit": git_commit(),
+                "distlm.num_parameters": str(prepared.num_parameters),
+                **{f"distlm.version.{package}": version for package, version in versions().items()},
+            }
+        )
         for split, context, path in (
             ("train", "training", prepared.train_path),
             ("validation", "evaluation", prepared.validation_path),
@@ -208,8 +208,10 @@ class AttemptController:
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
         if not recorder.check_tracker(_TRACKER_TIMEOUT_S):
-            self.progress.say(f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
-                              "folder and sent when it does")  # fmt: skip
+            self.progress.say(
+                f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
+                "folder and sent when it does"
+            )
 
     def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""

@@ -66,7 +66,7 @@ def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]
 def make_temporary_root() -> Path:
     """A new folder for Ray's sockets and logs. Their paths end at 107 bytes, so it has to be short."""
     base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="distlm-", dir=base if len(base) <= 24 else "/tmp"))  # noqa: S108
+    return Path(tempfile.mkdtemp(prefix="distlm-", dir=base if len(base) <= 24 else "/tmp"))
 
 
 def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
@@ -89,13 +89,15 @@ def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
 
 
 def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
-    os.environ.update({
-        # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
-        "RAY_TMPDIR": str(temporary_root),
-        # Otherwise Ray makes a token of its own and writes it to the home folder.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    })  # fmt: skip
+    os.environ.update(
+        {
+            # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
+            "RAY_TMPDIR": str(temporary_root),
+            # Otherwise Ray makes a token of its own and writes it to the home folder.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+    )
     import ray
 
     resources, cores = config.resources, len(os.sched_getaffinity(0))

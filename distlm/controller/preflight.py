@@ -22,11 +22,14 @@ def check_capacity(config: RunConfig, cluster: Cluster) -> None:
     places = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items()) for node in nodes)
     if places < config.resources.num_workers:
         needs = " and ".join(f"{amount} {name}" for name, amount in per_worker.items())
-        raise InputError(Problem(
-            f"the {len(nodes)} nodes of the Ray cluster have room for {places} workers of {needs} each; lower "
-            "resources.num_workers or resources.cpus_per_worker",
-            "resources.num_workers", str(config.resources.num_workers),
-        ))  # fmt: skip
+        raise InputError(
+            Problem(
+                f"the {len(nodes)} nodes of the Ray cluster have room for {places} workers of {needs} each; lower "
+                "resources.num_workers or resources.cpus_per_worker",
+                "resources.num_workers",
+                str(config.resources.num_workers),
+            )
+        )
 
 
 def check_storage(config: RunConfig, run: RunFolder) -> None:
@@ -57,9 +60,11 @@ def check_storage(config: RunConfig, run: RunFolder) -> None:
             file.unlink(missing_ok=True)
     if problems:
         raise InputError(
-            *(Problem(f"every node must share this folder, but {text}", "runs_dir", str(run.runs_dir))
-              for text in problems)
-        )  # fmt: skip
+            *(
+                Problem(f"every node must share this folder, but {text}", "runs_dir", str(run.runs_dir))
+                for text in problems
+            )
+        )
 
 
 def _write_probe(folder: str, name: str) -> str:
@@ -76,7 +81,11 @@ def check_free_space(config: RunConfig, run: RunFolder, num_parameters: int) -> 
     needed = num_parameters * (_BYTES_PER_PARAMETER * kept + 4)
     free = shutil.disk_usage(run.path).free
     if needed > free:
-        raise InputError(Problem(
-            f"{free / 2**30:.1f} GiB are free, and {kept} checkpoints and the model of {num_parameters:,} parameters need "
-            f"{needed / 2**30:.1f} GiB; make room or lower training.save_total_limit", "runs_dir", str(run.runs_dir),
-        ))  # fmt: skip
+        raise InputError(
+            Problem(
+                f"{free / 2**30:.1f} GiB are free, and {kept} checkpoints and the model of {num_parameters:,} "
+                f"parameters need {needed / 2**30:.1f} GiB; make room or lower training.save_total_limit",
+                "runs_dir",
+                str(run.runs_dir),
+            )
+        )

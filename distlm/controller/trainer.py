@@ -14,8 +14,8 @@ from distlm.worker.entry import WorkerArguments, run_worker
 
 
 class Incarnation:
-    """A worker group in training. Ray Train's `fit` blocks, and on the main thread it would take over SIGINT, so it runs
-    in a thread of its own; `is_alive` and `outcome` tell how it goes."""
+    """A worker group in training. Ray Train's `fit` blocks, and on the main thread it would take over SIGINT, so it
+    runs in a thread of its own; `is_alive` and `outcome` tell how it goes."""
 
     def __init__(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
         self._number = arguments.incarnation
@@ -61,9 +61,17 @@ class Incarnation:
 
 # What a rank says when another one is gone: the consequence of a failure, not its cause.
 _CONSEQUENCES = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused",
-    "ncclRemoteError", "NCCL communicator was aborted", "Timed out waiting", "ProcessGroupGloo", "ProcessGroupNCCL",
-)  # fmt: skip
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Connection refused",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "Timed out waiting",
+    "ProcessGroupGloo",
+    "ProcessGroupNCCL",
+)
 
 
 def first_failure(failures: list[dict[str, Any]], error: BaseException) -> Outcome:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
@@ -84,7 +85,7 @@ def _with_place(problem: Problem) -> str:
     return f"{problem.location}: {problem.message}" if problem.location else problem.message
 
 
-def _forward_signals(controller: subprocess.Popen[bytes]) -> dict[signal.Signals, object]:
+def _forward_signals(controller: subprocess.Popen[bytes]) -> dict[signal.Signals, Any]:
     """The first Ctrl-C or SIGTERM asks the controller to stop; the third kills it."""
     count = 0
 
@@ -103,13 +104,16 @@ def _clean_up_after(attempt: AttemptFolder) -> None:
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    write_json(attempt.result_json, {
-        "state": ExitCode.INFRASTRUCTURE.name.lower(),
-        "exit_code": int(ExitCode.INFRASTRUCTURE),
-        "message": "the controller was killed",
-        "problems": [],
-        "log": str(attempt.controller_log),
-    })  # fmt: skip
+    write_json(
+        attempt.result_json,
+        {
+            "state": ExitCode.INFRASTRUCTURE.name.lower(),
+            "exit_code": int(ExitCode.INFRASTRUCTURE),
+            "message": "the controller was killed",
+            "problems": [],
+            "log": str(attempt.controller_log),
+        },
+    )
 
 
 def visible_gpu_count() -> int | None:

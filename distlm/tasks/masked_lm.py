@@ -18,8 +18,8 @@ from distlm.config.schema import MaskedLMTask
 from distlm.data.order import uniform
 
 if TYPE_CHECKING:
-    from distlm.worker.prepare import Prepared
     from distlm.tasks import Batch
+    from distlm.worker.prepare import Prepared
 
 IGNORED = -100
 """Label of a token that is not predicted, as everywhere in transformers."""

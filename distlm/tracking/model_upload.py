@@ -32,9 +32,13 @@ def upload_once(run: RunFolder, mlflow_run_id: str, tracking_uri: str, registere
         command += ["--registered-model-name", registered_model_name]
     try:
         child = subprocess.run(
-            command, env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}, capture_output=True, text=True,
-            timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         return f"the upload took more than {_TIMEOUT_S:.0f} s"
     print(redact_uri(child.stdout + child.stderr), flush=True)  # the controller's log

@@ -25,10 +25,14 @@ def build_model_config(
         except (OSError, ValueError) as error:
             raise InputError(Problem(_first_line(error), "model.name_or_path", config.model.name_or_path)) from None
         if vocab_size > model_config.vocab_size:
-            raise InputError(Problem(
-                f"has {model_config.vocab_size} token embeddings, fewer than the tokenizer's {vocab_size} tokens; use "
-                "the model's own tokenizer", "model.name_or_path", config.model.name_or_path,
-            ))  # fmt: skip
+            raise InputError(
+                Problem(
+                    f"has {model_config.vocab_size} token embeddings, fewer than the tokenizer's {vocab_size} tokens; "
+                    "use the model's own tokenizer",
+                    "model.name_or_path",
+                    config.model.name_or_path,
+                )
+            )
         return model_config
 
     keys = dict(config.model.config or {})
@@ -39,9 +43,12 @@ def build_model_config(
         known = AutoModelForMaskedLM._model_mapping.keys()
         types = {cls.model_type for cls in known}
         raise InputError(
-            Problem(f"transformers has no such architecture; {nearest_name(model_type, types)}",
-                    "model.config.model_type", model_type)
-        ) from None  # fmt: skip
+            Problem(
+                f"transformers has no such architecture; {nearest_name(model_type, types)}",
+                "model.config.model_type",
+                model_type,
+            )
+        ) from None
     legal = {name for name in defaults.to_dict() if not name.startswith("_")} | set(type(defaults).attribute_map)
     unknown = [
         Problem(
@@ -54,16 +61,19 @@ def build_model_config(
         raise InputError(*unknown)
     keys.setdefault("vocab_size", vocab_size)
     if keys["vocab_size"] < vocab_size:
-        raise InputError(Problem(
-            f"is smaller than the tokenizer's {vocab_size} tokens; leave it out and it follows the tokenizer",
-            "model.config.vocab_size", str(keys["vocab_size"]),
-        ))  # fmt: skip
+        raise InputError(
+            Problem(
+                f"is smaller than the tokenizer's {vocab_size} tokens; leave it out and it follows the tokenizer",
+                "model.config.vocab_size",
+                str(keys["vocab_size"]),
+            )
+        )
     for name, token_id in special_token_ids.items():
         if name in legal and token_id is not None:
             keys.setdefault(name, token_id)
     try:
         return AutoConfig.for_model(model_type, **keys)
-    except Exception as error:  # transformers' validators raise errors of many kinds, all about these keys
+    except Exception as error:  # noqa: BLE001 - transformers' validators raise errors of many kinds, all about these keys
         raise InputError(Problem(f"{model_type}: {_first_line(error)}", "model.config")) from None
 
 
@@ -75,14 +85,27 @@ def check_positions(model_config: PretrainedConfig, max_seq_length: int) -> None
     # RoBERTa and its relatives count positions from the padding index on (fairseq's convention).
     offset = (model_config.pad_token_id or 0) + 1 if model_config.model_type in _PADDED_POSITIONS else 0
     if max_seq_length > positions - offset:
-        raise InputError(Problem(
-            f"{max_seq_length} tokens are more than the {positions - offset} positions of the model "
-            f"({model_config.model_type})", "data.max_seq_length", str(max_seq_length),
-        ))  # fmt: skip
+        raise InputError(
+            Problem(
+                f"{max_seq_length} tokens are more than the {positions - offset} positions of the model "
+                f"({model_config.model_type})",
+                "data.max_seq_length",
+                str(max_seq_length),
+            )
+        )
 
 
-_PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "roberta-prelayernorm",
-                     "longformer", "xmod", "mpnet"}  # fmt: skip
+_PADDED_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "xlm-roberta-xl",
+    "data2vec-text",
+    "roberta-prelayernorm",
+    "longformer",
+    "xmod",
+    "mpnet",
+}
 
 
 def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder: Path) -> None:

@@ -66,10 +66,12 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
 
     before = read_json(run.init / "prepared.json")
     if before is not None and before["data_info"]["train"]["content_sha256"] != data.info.train.content_sha256:
-        raise InputError(Problem(
-            "the data is not what this run began with, so its samples cannot be continued; submit a new run",
-            "data.train",
-        ))  # fmt: skip
+        raise InputError(
+            Problem(
+                "the data is not what this run began with, so its samples cannot be continued; submit a new run",
+                "data.train",
+            )
+        )
 
     run.init.mkdir(exist_ok=True)
     if not (run.init / "model").exists():

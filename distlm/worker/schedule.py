@@ -31,7 +31,10 @@ def learning_rate_schedule(config: RunConfig, total_steps: int) -> Callable[[int
         factor(0), factor(total_steps)
     except (TypeError, ValueError) as error:
         raise InputError(
-            Problem(f"{training.lr_scheduler_type}: {error}", "training.lr_scheduler_kwargs",
-                    str(training.lr_scheduler_kwargs))
-        ) from None  # fmt: skip
+            Problem(
+                f"{training.lr_scheduler_type}: {error}",
+                "training.lr_scheduler_kwargs",
+                str(training.lr_scheduler_kwargs),
+            )
+        ) from None
     return lambda step: training.learning_rate * float(factor(step - 1))

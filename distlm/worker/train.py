@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,8 +121,8 @@ class Worker:
             self.first_step = load_checkpoint(self.engine, context.checkpoint).step + 1
 
         self.task: Task = make_task(config, prepared)
-        self.train_data = PackedDataset(prepared.train_path)
-        self.validation_data = PackedDataset(prepared.validation_path) if prepared.validation_path else None
+        self.train_data = PackedDataset(Path(prepared.train_path))
+        self.validation_data = PackedDataset(Path(prepared.validation_path)) if prepared.validation_path else None
         self.timer = StepTimer()
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(

@@ -75,7 +75,7 @@ def test_shipped_configs_are_valid() -> None:
         ("deepspeed:\n  zero_stage: 4\n", 2, "deepspeed.zero_stage", "0, 1, 2 or 3"),
         ("data: 3\n", 1, "data", "valid dictionary"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_key_or_value_is_named_with_its_line(
     tmp_path: Path, text: str, line: int, key: str, advice: str
 ) -> None:
@@ -95,7 +95,11 @@ def test_a_wrong_key_or_value_is_named_with_its_line(
         (["training.global_train_batch_size=30"], "training.global_train_batch_size", "no multiple of"),
         (["resources.num_workers=3"], "training.global_train_batch_size", "workers that divide it: 1, 2, 4, 8"),
         (["deepspeed.offload_param_device=cpu"], "deepspeed.offload_param_device", "zero_stage 3 only, not 2"),
-        (["deepspeed.offload_optimizer_device=cpu", "deepspeed.zero_stage=0"], "deepspeed.offload_optimizer_device", "not 0"),
+        (
+            ["deepspeed.offload_optimizer_device=cpu", "deepspeed.zero_stage=0"],
+            "deepspeed.offload_optimizer_device",
+            "not 0",
+        ),
         (["training.mixed_precision=fp16"], "training.mixed_precision", "needs a GPU"),
         (["model.attn_implementation=flash_attention_2"], "model.attn_implementation", "needs a GPU"),
         (["resources.device=cuda"], "resources.device", "no GPU"),
@@ -113,10 +117,18 @@ def test_a_wrong_key_or_value_is_named_with_its_line(
         (["training.warmup_steps=11"], "training.warmup_steps", "longer than"),
         (["training.warmup_steps=1.5"], "training.warmup_steps", "whole number"),
         (["training.eval_steps=5", "data.validation_fraction=0.0"], "training.eval_steps", "nothing to evaluate on"),
-        (["tracking.registered_model_name=m", "tracking.log_model=false"], "tracking.registered_model_name", "log_model"),
-        (["training.lr_scheduler_type=constant", "training.warmup_steps=5"], "training.warmup_steps", "constant_with_warmup"),
+        (
+            ["tracking.registered_model_name=m", "tracking.log_model=false"],
+            "tracking.registered_model_name",
+            "log_model",
+        ),
+        (
+            ["training.lr_scheduler_type=constant", "training.warmup_steps=5"],
+            "training.warmup_steps",
+            "constant_with_warmup",
+        ),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_refused(tmp_path: Path, overrides: list[str], key: str, advice: str) -> None:
     found = problems(tmp_path, VALID, *overrides)
     assert [problem.key for problem in found] == [key], found
@@ -130,9 +142,13 @@ def test_all_problems_are_listed_at_once_also_those_between_keys(tmp_path: Path)
     )
     keys = {problem.key for problem in problems(tmp_path, text, "deepspeed.offload_param_device=cpu", "nonsense")}
     assert keys == {
-        "training.max_stepz", "training.learning_rate", "data.train.1.source", "deepspeed.offload_param_device", "",
+        "training.max_stepz",
+        "training.learning_rate",
+        "data.train.1.source",
+        "deepspeed.offload_param_device",
+        "",
         "training.max_steps",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
