@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
+from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import Cancelled, DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
@@ -64,7 +66,9 @@ class AttemptController:
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export()
         except DistlmError as error:
-            return Outcome(error.exit_code, str(error), details=traceback.format_exc())
+            outcome = Outcome(error.exit_code, str(error), details=traceback.format_exc())
+        if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
+            shutil.copytree(cluster.logs, self.folder.logs / "ray", ignore_dangling_symlinks=True)
         return outcome
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -73,6 +77,11 @@ class AttemptController:
         """Preflight, then everything that is made once."""
         import ray
 
+        if cluster.device == "cpu" and self.config.training.mixed_precision == "bf16" and not cpu_multiplies_bf16():
+            self.progress.say(
+                "warning: this CPU has no bf16 instructions, and bf16 is about ten times slower than fp32 on it "
+                "(training.mixed_precision: no)"
+            )
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
         self.progress.say("preparing data, tokenizer and initial weights")
@@ -175,7 +184,7 @@ class AttemptController:
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
         """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
-        config, attempt = self.config, Attempt.read(self.folder)
+        config, attempt, commit = self.config, Attempt.read(self.folder), git_commit()
         recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
         recorder.set_tags(
             {
@@ -186,7 +195,9 @@ class AttemptController:
                 "distlm.zero_stage": str(config.deepspeed.zero_stage),
                 "distlm.overrides": " ".join([*attempt.overrides]),
                 "distlm.run_folder": str(self.run.path),
-                "distlm.git_commit": git_commit(),
+                "distlm.git_commit": commit,
+                "mlflow.source.name": "distlm",
+                "mlflow.source.git.commit": commit,
                 "distlm.num_parameters": str(prepared.num_parameters),
                 **{f"distlm.version.{package}": version for package, version in versions().items()},
             }

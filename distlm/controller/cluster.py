@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from distlm.config.schema import RunConfig
+from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
@@ -41,6 +42,8 @@ class Cluster:
     device: str
     """What workers compute on: cpu or cuda."""
     cpus_per_worker: int
+    logs: Path | None = None
+    """Ray's own logs, where they vanish with the cluster; None: they stay on the cluster."""
 
 
 @contextmanager
@@ -101,7 +104,9 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
     import ray
 
     resources, cores = config.resources, len(os.sched_getaffinity(0))
-    gpus = _gpu_count()
+    gpus = visible_gpu_count()
+    if gpus is None:
+        gpus = _count_gpus_with_torch()
     device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
     try:
@@ -118,7 +123,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
     except Exception as error:  # whatever Ray raises, the attempt has no cluster
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
-        yield Cluster(True, device, cpus_per_worker)
+        yield Cluster(True, device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
     finally:
         processes = psutil.Process().children(recursive=True)
         ray.shutdown()
@@ -126,7 +131,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
         shutil.rmtree(temporary_root, ignore_errors=True)
 
 
-def _gpu_count() -> int:
+def _count_gpus_with_torch() -> int:
     import torch
 
     return torch.cuda.device_count()

@@ -16,8 +16,8 @@ from distlm.errors import InputError, Problem
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 # Bounds on what is in memory at once. An encoding takes some 100 bytes for each token.
-_SLICE_CHARACTERS = 2**18
-_BATCH_CHARACTERS = 2**22
+_SLICE_CHARACTERS = 2**17
+_BATCH_CHARACTERS = 2**20
 _MAX_DISTINCT_CHUNKS = 2**18
 
 # Rust threads share the work of a batch; the library switches them off in forked processes unless it is told so.

@@ -6,7 +6,6 @@ the controller when the CLI has died.
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.data.sources import check_source
+from distlm.devices import visible_gpu_count
 from distlm.errors import ExitCode, InfrastructureError, Problem
 from distlm.launchers.base import Request
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
@@ -114,13 +114,3 @@ def _clean_up_after(attempt: AttemptFolder) -> None:
             "log": str(attempt.controller_log),
         },
     )
-
-
-def visible_gpu_count() -> int | None:
-    """NVIDIA GPUs that a process started here would see, found without torch; None: this machine has other ones."""
-    if os.path.exists("/dev/kfd"):  # AMD
-        return None
-    devices = len(glob.glob("/dev/nvidia[0-9]*"))
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        devices = min(devices, len([item for item in visible.split(",") if item.strip() not in ("", "-1")]))
-    return devices

@@ -181,7 +181,7 @@ def _find_or_create_experiment(client: MlflowClient, name: str, artifact_locatio
             return _find_or_create_experiment(client, name, artifact_location)
     if experiment.lifecycle_stage == "deleted":
         restore = f"choose another name or run `mlflow experiments restore -x {experiment.experiment_id}`"
-        raise InputError(Problem(f"this MLflow experiment was deleted; {restore}", "tracking.experiment", name))
+        raise InputError(Problem(f"this MLflow experiment was deleted; {restore}", "tracking.experiment_name", name))
     return str(experiment.experiment_id)
 
 

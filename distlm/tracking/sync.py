@@ -45,7 +45,7 @@ def sync_run(run: RunFolder) -> str:
 def _sync(run: RunFolder, tracker: Tracker) -> int:
     try:
         return sync(run, tracker)
-    except Exception as error:  # noqa: BLE001 - an outage of any kind
+    except Exception as error:  # an outage of any kind
         raise InfrastructureError(f"MLflow does not take it now: {redact_uri(str(error))}") from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from tiny_training import WORLD_SIZE, fresh_engine, load_model, settings, train_step, write_initial_weights
 
@@ -98,8 +99,6 @@ def test_a_loaded_run_continues_bit_identically(trained: tuple[Path, Any], stage
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_step_0_holds_the_initial_weights(trained: tuple[Path, Any], init: Path, stage: int) -> None:
-    import torch
-
     saved = dict(read_parameters(trained[0] / f"no-{stage}" / "step-00000000"))
     model = dict(load_model(init).named_parameters())
     assert saved.keys() == model.keys()
@@ -276,8 +275,6 @@ def test_frozen_parameters_are_not_saved(tmp_path: Path, init: Path, other_init:
 
 def survive_errors(folder: Path, init: Path) -> dict[str, str]:
     """Save once, fail on rank 1 in several ways, save again. Returns each error's text."""
-    import torch
-
     accelerator, engine = fresh_engine(settings(2), init)
     train_step(accelerator, engine, 0)
     before = state_files(save(engine, folder, 1))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from tiny_training import (
     LEARNING_RATE,
@@ -33,6 +34,15 @@ STAGES = (0, 1, 2, 3)
 NUM_STEPS = 50
 MAX_GRAD_NORM = 0.5
 """Below the norm at most steps, so that clipping is at work."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the ranks. Two threads that wait for busy cores make the plain loop 30 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +92,6 @@ def test_bf16_gives_the_same_curve_at_every_stage(init: Path) -> None:
 
 def engine_checks(init: Path, stage: int) -> dict[str, Any]:
     """What one rank sees of an engine that it set up in bf16 without clipping."""
-    import torch
-
     accelerator, engine = fresh_engine(settings(stage, "bf16", max_grad_norm=0.0), init)
     result: dict[str, Any] = {
         "workers": (accelerator.num_processes, accelerator.process_index, str(accelerator.device)),
@@ -145,7 +153,6 @@ def test_engines_are_what_was_asked_for(init: Path, group_exists: bool, stages: 
 def loaded_at_stage_3(folders: dict[str, Path]) -> dict[str, tuple[bool, list[str], bool, list[int]]]:
     """Per model: whether all of it is partitioned, which weights differ from the file, whether tied, group sizes."""
     import deepspeed
-    import torch
     from safetensors.torch import load_file
 
     from distlm.worker.engine import make_accelerator

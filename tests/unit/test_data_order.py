@@ -126,7 +126,9 @@ def test_uniform_is_uniform_and_each_argument_changes_it() -> None:
 def test_the_functions_stay_the_same_from_version_to_version() -> None:
     """A run that another version resumes must go on in the same order, with the same masks."""
     assert uniform(42, 3, 1234, np.arange(3), 1).tolist() == [
-        0.2256944203297725, 0.38503405877779895, 0.10428802715859309,
+        0.2256944203297725,
+        0.38503405877779895,
+        0.10428802715859309,
     ]
     assert permute(np.arange(5), 1000, 42, 3).tolist() == [381, 499, 345, 936, 713]
 

@@ -1,0 +1,253 @@
+"""Documents out of files and docstrings, and what is said about files that cannot be read as asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distlm.data import sources
+from distlm.data.sources import check_source, documents, files_of
+from distlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Files:
+    paths: list[str]
+    text_column: str = "text"
+    max_documents: int | None = None
+    source: Literal["files"] = "files"
+
+
+@dataclass(frozen=True)
+class PythonDocs:
+    packages: list[str] | None = field(default=None)
+    max_documents: int | None = None
+    source: Literal["python-docs"] = "python-docs"
+
+
+def write(path: Path, content: str | bytes) -> Files:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Files([str(path)])
+
+
+def read(source: Files) -> list[str]:
+    assert check_source(source) == []
+    return list(documents(source))
+
+
+def problem(source: Files | PythonDocs) -> str:
+    """The one problem that reading meets."""
+    with pytest.raises(InputError) as caught:
+        list(documents(source))
+    assert len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+def test_import_needs_only_the_standard_library() -> None:
+    code = (
+        "import sys, distlm.data.sources; print(*{m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    third_party = {name for name in run.stdout.split() if not name.startswith("_")}
+    assert third_party.isdisjoint({"numpy", "pyarrow", "pydantic", "torch", "tokenizers", "transformers", "yaml"})
+    assert "distlm" in third_party
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".text", ".md", ".tokens", ".TXT"])
+def test_text_documents_are_paragraphs(tmp_path: Path, suffix: str) -> None:
+    source = write(tmp_path / f"a{suffix}", "\ufeff \n = Title = \n \nOne,\r\ntwo.\n\n\n \t\nÄ last 秦\n")
+    assert read(source) == ["= Title =", "One,\r\ntwo.", "Ä last 秦"]
+
+
+def test_endless_paragraph_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MAX_PARAGRAPH_CHARACTERS", 10)
+    source = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(5)))
+    assert read(source) == ["line 0\nline 1", "line 2\nline 3", "line 4"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json-lines"])
+def test_json_lines(tmp_path: Path, suffix: str) -> None:
+    lines = [
+        '\ufeff{"text": "a\\nb", "id": 1}',
+        "",
+        '{"text": null}',
+        '{"text": ""}',
+        '{"id": 2, "text": "\\ud83d\\ude09"}',
+    ]
+    assert read(write(tmp_path / f"a{suffix}", "\n".join(lines))) == ["a\nb", "", "", "😉"]
+
+
+def test_csv_and_tsv_with_quotes_and_line_ends_in_fields(tmp_path: Path) -> None:
+    csv = 'label,text\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,\r\n3,plain\r\n'
+    assert read(write(tmp_path / "a.csv", csv)) == ['two\nlines, "quoted"', "", "plain"]
+    assert read(write(tmp_path / "a.tsv", "\ufefftext\tlabel\na, b\t0\n")) == ["a, b"]
+    long = "x" * 200_000  # more than csv's own limit
+    assert read(write(tmp_path / "b.csv", f"text\n{long}\n")) == [long]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = [None if i == 7 else f"document {i}" for i in range(5000)]
+    table = pa.table({"id": range(5000), "body": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1700)
+    assert read(Files([str(tmp_path / "a.parquet")], text_column="body")) == [text or "" for text in texts]
+
+
+def test_folders_and_globs_give_each_file_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/deep/d.jsonl", ".hidden/e.txt", "sub/.f.txt", "sub/notes.pdf"):
+        write(tmp_path / "data" / name, json.dumps({"text": name}))
+    monkeypatch.chdir(tmp_path)
+
+    def names(*paths: str) -> list[str]:
+        return [file.name for file in files_of(Files(list(paths)))]
+
+    assert names("data") == ["a.txt", "b.txt", "c.txt", "d.jsonl"]
+    assert names("data/**/*.txt") == ["a.txt", "b.txt", "c.txt"]
+    assert names("data/sub/c.txt", "data/[ab].txt", "data") == ["c.txt", "a.txt", "b.txt", "d.jsonl"]
+    write(tmp_path / "data/x[1].txt", "brackets")
+    assert list(documents(Files(["data/x[1].txt"]))) == ["brackets"]
+
+
+def test_max_documents_stops_before_later_files_are_opened(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "1"}\n{"text": "2"}\n{"text": "3"}\n')
+    write(tmp_path / "b.jsonl", "not JSON")
+    assert list(documents(Files([str(tmp_path)], max_documents=2))) == ["1", "2"]
+
+
+MALFORMED: dict[str, tuple[str | bytes, list[str]]] = {
+    "a.txt": ("", ["the file is empty"]),
+    "blank.txt": (" \n\n", ["the file holds no records"]),
+    "header.csv": ("text,label\n", ["the file holds no records"]),
+    "a.jsonl:2": ('{"text": "x"}\n{"text": }\n', ["not JSON (Expecting value, column 10)", "one object on each line"]),
+    "list.jsonl:1": ("[1, 2]\n", ["holds a list", "object with the key 'text'"]),
+    "key.jsonl:2": ('{"text": "x"}\n{"texts": "y", "id": 1}\n', ["no column 'text'", "'texts', 'id'", "mean 'texts'?"]),
+    "other.jsonl:1": ('{"body": "y"}\n', ["the columns are 'body'", "name the column of text in text_column"]),
+    "number.jsonl:1": ('{"text": 3}\n', ["column 'text' holds a number, not text"]),
+    "nested.jsonl:1": ('{"text": {"a": 1}}\n', ["column 'text' holds an object, not text"]),
+    "half.jsonl:1": ('{"text": "a \\ud83d b"}\n', ["\\ud83d, half of a surrogate pair"]),
+    "latin.txt:2": (b"abc\ncaf\xe9\n", ["byte 7 (0xe9) is not UTF-8", "iconv -f LATIN1 -t UTF-8"]),
+    "bom.txt:1": (b"\xef\xbb\xbfab\xff\n", ["byte 5 (0xff) is not UTF-8"]),
+    "utf16.csv:1": ("text\na\n".encode("utf-16"), ["byte 0 (0xff) is not UTF-8"]),
+    "column.csv:1": ("Text,label\na,b\n", ["the columns are 'Text', 'label'", "did you mean 'Text'?"]),
+    "row.csv:3": ("text,label\na,b\nc, d,e\n", ["the row has 3 fields and the header has 2", "stand in quotes"]),
+    "open.csv:4": ('text,label\na,b\n"never closed,c\nd,e\n', ["unexpected end of data", "written twice"]),
+    "quote.tsv:2": ('text\tlabel\n"a" said\tb\n', ["expected after", "convert the file to .jsonl"]),
+    "a.parquet": ("PAR1 and then nothing", ["not a readable Parquet file"]),
+}
+
+
+@pytest.mark.parametrize("location", MALFORMED)
+def test_malformed_file_is_named_with_its_line_and_a_remedy(tmp_path: Path, location: str) -> None:
+    content, expected = MALFORMED[location]
+    name = location.partition(":")[0]
+    message = problem(write(tmp_path / name, content))
+    assert message.startswith(f"{tmp_path / location}: ")
+    for part in expected:
+        assert part in message
+
+
+def test_check_source_reports_all_files_at_once_from_their_first_records(tmp_path: Path) -> None:
+    write(tmp_path / "empty.txt", "")
+    write(tmp_path / "column.csv", "body\na\n")
+    write(tmp_path / "good.jsonl", '{"text": "x"}\n"found only by reading on"\n')
+    problems = check_source(Files([str(tmp_path), str(tmp_path / "gone.txt")]))
+    assert [Path(p.location or p.value).name for p in problems] == ["gone.txt", "column.csv:1", "empty.txt"]
+
+
+def test_parquet_column_must_be_there_and_hold_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
+    path = [str(tmp_path / "a.parquet")]
+    assert "column 'text' holds int64, not text" in problem(Files(path))
+    assert "the columns are 'text', 'body'; did you mean 'body'?" in problem(Files(path, text_column="bod"))
+
+
+def test_names_that_match_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "corpus/train.jsonl", '{"text": "x"}')
+    write(tmp_path / "corpus/notes.pdf", "x")
+    (tmp_path / "none").mkdir()
+    assert "did you mean 'train.jsonl'?" in problem(Files(["corpus/trian.jsonl"]))
+    assert "the folder korpus does not exist either" in problem(Files(["korpus/train.jsonl"]))
+    assert f"no file matches this pattern, seen from {tmp_path}" in problem(Files(["corpus/*.txt"]))
+    assert "the folder holds no file with a supported suffix (.txt" in problem(Files(["none"]))
+    assert "corpus/notes.pdf: unsupported suffix; use one of .txt, " in problem(Files(["corpus/*"]))
+
+
+def test_unreadable_file_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "a.txt")  # a loop: no user can open it
+    with pytest.raises(InputError, match=r"a\.txt: cannot be read: "):
+        list(documents(Files([str(tmp_path / "*.txt")])))
+
+
+# -------------------------------------------------------------------------------------------------------- python-docs
+
+
+def test_docstrings_of_one_package() -> None:
+    text = "\n\n".join(documents(PythonDocs(["json"])))
+    doc = json.dumps.__doc__
+    assert doc is not None
+    assert doc.strip().splitlines()[0] in text
+    assert json.JSONEncoder.__doc__ is not None
+    assert "Extensible JSON <https://json.org> encoder for Python data structures." in text
+    assert {file.parent.name for file in files_of(PythonDocs(["json"]))} == {"json"}
+
+
+def test_docstrings_are_of_all_statements_cleaned_unique_and_long_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ten = "one two three four five six seven eight nine"
+    package = tmp_path / "package"
+    code = """
+        'module TEN'
+        if True:
+            class A:
+                \'\'\'class TEN
+
+                    indented\'\'\'
+                def f(self):
+                    \'\'\'method TEN\'\'\'
+                    async def g():
+                        \'\'\'inner TEN\'\'\'
+        try:
+            x = \'\'\'no docstring TEN\'\'\'
+        except E:
+            def h():
+                \'\'\'handler TEN\'\'\'
+        def same():
+            \'\'\'handler TEN\'\'\'
+        def short():
+            \'\'\'too short\'\'\'
+    """
+    write(package / "__init__.py", textwrap.dedent(code).replace("TEN", ten))
+    write(package / "broken.py", '"""docstring""" def')
+    write(package / "tests/test_a.py", f'"""test {ten}"""')
+    write(tmp_path / "alone.py", f'"""alone \\d {ten}"""')
+    monkeypatch.setattr("sysconfig.get_paths", lambda: dict.fromkeys(["stdlib", "purelib", "platlib"], str(tmp_path)))
+    assert list(documents(PythonDocs(["package"]))) == [
+        f"module {ten}\n\nclass {ten}\n\nindented\n\nmethod {ten}\n\ninner {ten}\n\nhandler {ten}"
+    ]
+    assert sorted(documents(PythonDocs()))[0] == f"alone \\d {ten}"
+    assert len(list(documents(PythonDocs(max_documents=1)))) == 1
+
+
+def test_the_first_docstrings_are_of_many_packages() -> None:
+    first = files_of(PythonDocs())[:300]
+    folders = {file.parent for file in first}
+    assert len(folders) > 60
+
+
+def test_unknown_package_is_named_with_the_nearest() -> None:
+    source = PythonDocs(["jsn", "ast"])
+    assert [p.value for p in check_source(source)] == ["jsn"]
+    assert "no such package is installed" in problem(source)
+    assert "did you mean 'json'?" in problem(source)
