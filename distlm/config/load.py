@@ -117,6 +117,10 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
         if "could not determine a constructor" in message:
             message += "; only plain YAML is read, no tags that create objects"
         raise InputError(Problem(message, location=where)) from None
+    except yaml.reader.ReaderError as error:
+        where = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
+        message = f"not valid YAML: the character U+{ord(error.character):04X} is not allowed"
+        raise InputError(Problem(message, location=where)) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(Problem(f"not valid YAML: {error}", location=name)) from None
     if not isinstance(tree, dict):
@@ -125,7 +129,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_nodes: set[int]) -> Iterator[Problem]:
-    """Note the line of every key; yield keys that stand twice, which YAML would silently let the last one win."""
+    """Note the line of every key; yield keys with dots, and those that stand twice, of which YAML silently takes the
+    last."""
     if len(origins) > _MAX_NODES or id(node) in open_nodes:
         raise InputError(Problem("too large or refers to itself", location=name))
     open_nodes = open_nodes | {id(node)}
@@ -139,6 +144,9 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
                     f"is given twice, first in line {seen[part]}", _dotted((*key, part)), "", f"{name}:{line}"
                 )
             seen[part] = line
+            if "." in part:
+                message = "keys have no dots; write a: {b: ...} for a.b, which is meant for the command line"
+                yield Problem(message, _dotted((*key, part)), "", f"{name}:{line}")
             origins[_dotted((*key, part))] = f"{name}:{line}"
             yield from _locate(value_node, (*key, part), name, origins, open_nodes)
     elif isinstance(node, yaml.SequenceNode):
@@ -247,7 +255,7 @@ def _validate(
         key: Key = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
         return replace(
             problem,
-            value=problem.value or _shown(_lookup(raw, key)),
+            value=_shown(problem.value or _lookup(raw, key)),
             location=problem.location or locate(origins, problem.key) or default_location,
         )
 
@@ -326,6 +334,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = redact(value) if isinstance(value, str) else str(value)
+    text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -365,9 +374,21 @@ def _message(error: dict[str, Any], key: Key) -> str:
         return f"must be one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         return f"needs the key {context['discriminator']}"
-    if kind == "bool_type":
-        return "must be true or false"
+    if kind in _MESSAGES:
+        return _MESSAGES[kind]
     return str(error["msg"]).replace("Input should be", "must be")
+
+
+_MESSAGES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a valid dictionary of keys and values",
+    "invalid_key": "must be text: keys are names",
+    "list_type": "must be a list, such as [a, b]",
+    "model_type": "must be a valid dictionary of keys and values",
+    "string_type": "must be text; put it in quotes",
+    "too_short": "must not be an empty list",
+}
+"""What pydantic says in the words of Python, in the words of YAML."""
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

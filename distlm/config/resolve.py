@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ def batch_plan(config: RunConfig) -> BatchPlan:
 
 def legal_world_sizes(micro_batches: int) -> list[int]:
     """Numbers of workers that divide the micro batches of a step evenly."""
-    return [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+    small = [size for size in range(1, math.isqrt(micro_batches) + 1) if micro_batches % size == 0]
+    return sorted({*small, *(micro_batches // size for size in small)})
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:

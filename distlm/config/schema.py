@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
@@ -55,7 +56,7 @@ class ModelConfig(Section):
 class TrainedTokenizer(Section):
     """A WordPiece tokenizer trained from the training text."""
 
-    vocab_size: Annotated[int, Field(ge=100)] = 30_522
+    vocab_size: Annotated[int, Field(ge=100, lt=2**31)] = 30_522
     """Number of tokens, special tokens included."""
     lowercase: bool = True
     """Lowercase the text and strip accents, as uncased BERT does."""
@@ -110,7 +111,7 @@ class DataConfig(Section):
     """Sources of held-out text; empty: `validation_fraction` of the training documents is held out."""
     validation_fraction: Fraction = 0.01
     """Share of the training documents held out for evaluation where `validation` is empty; 0: no evaluation."""
-    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    max_seq_length: Annotated[int, Field(ge=8, lt=2**31)] = 128
     """Tokens in a sample, special tokens included. Documents are packed, so that every sample is full."""
 
 
@@ -134,7 +135,7 @@ class TrainingConfig(Section):
         "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"
     """Shape of the learning-rate schedule, by transformers' name."""
-    lr_scheduler_kwargs: dict[str, float | int | str | bool] = {}
+    lr_scheduler_kwargs: dict[str, float] = {}
     """Further arguments of the schedule, by transformers' name, such as min_lr_rate or power."""
     warmup_steps: NonNegativeFloat = 0.06
     """Steps of linear warm-up; below 1: a share of all steps."""
@@ -212,7 +213,7 @@ class RunConfig(Section):
 
     name: NonEmptyStr = "pretrain"
     """Name for people; shown as the MLflow run's name."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial weights, the order of the samples, masking and dropout."""
     task: MaskedLMTask = MaskedLMTask()
     """What is learned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -50,7 +51,8 @@ class AttemptController:
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
         with ExitStack() as ray_scope:
-            self.progress.say("starting Ray")
+            address = os.environ.get("RAY_ADDRESS")
+            self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             prepared = self._prepare(cluster)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:

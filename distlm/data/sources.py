@@ -68,7 +68,10 @@ def documents(source: Source) -> Iterator[str]:
 
 def files_of(source: Source) -> list[Path]:
     """The files that `documents` reads, in its order. Raises InputError where a name matches nothing."""
-    files, problems = _find_text_files(source) if source.source == "files" else _find_modules(source)
+    if source.source == "files":
+        files, problems = _find_text_files(source)
+    elif not (problems := _missing_packages(source)):
+        return _find_modules(source)
     if problems:
         raise InputError(*problems)
     return files
@@ -77,7 +80,7 @@ def files_of(source: Source) -> list[Path]:
 def check_source(source: Source) -> list[Problem]:
     """What is wrong with a source as far as its files and the first record of each can tell."""
     if source.source == "python-docs":
-        return _find_modules(source)[1]
+        return _missing_packages(source)
     files, problems = _find_text_files(source)
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None  # a client may lack it; whoever reads the data has it
     for path in files:
@@ -327,40 +330,41 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}  # their docstrings say little, a
 _MIN_WORDS = 10
 
 
-def _find_modules(source: PythonDocsSource) -> tuple[list[Path], list[Problem]]:
+def _import_roots() -> list[str]:
+    return list(dict.fromkeys(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")))
+
+
+def _missing_packages(source: PythonDocsSource) -> list[Problem]:
+    """Named packages that are not installed. Looks at the import system's roots only."""
+    installed = {name.removesuffix(".py") for root in _import_roots() for name in os.listdir(root)}
+    return [
+        Problem(
+            f"no such package is installed; give the name that `import` takes{_nearest(name, installed)}", value=name
+        )
+        for name in sorted(set(source.packages or ()) - installed)
+    ]
+
+
+def _find_modules(source: PythonDocsSource) -> list[Path]:
     """The Python files below the roots of the import system, ordered by a hash of their names, so that the first few
     are of many packages. The names alone decide, not where Python is installed."""
     wanted = set(source.packages) if source.packages is not None else None
     modules: dict[str, Path] = {}
-    packages = set()
-    for root in dict.fromkeys(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")):
+    for root in _import_roots():
         for folder, subfolders, names in os.walk(root):
-            at_root = folder == root
-            if at_root and wanted is not None:
-                packages.update(subfolders)
+            if folder == root and wanted is not None:
                 subfolders[:] = [name for name in subfolders if name in wanted]
+                names = [name for name in names if name.removesuffix(".py") in wanted]
             subfolders[:] = [
                 name
                 for name in subfolders
                 if name not in _TEST_FOLDERS and name not in ("site-packages", "__pycache__")
             ]
             for name in names:
-                if not name.endswith(".py"):
-                    continue
-                if at_root:
-                    packages.add(name.removesuffix(".py"))
-                    if wanted is not None and name.removesuffix(".py") not in wanted:
-                        continue
                 path = Path(folder, name)
-                if path.is_file():  # editors leave dangling links
+                if name.endswith(".py") and path.is_file():  # editors leave dangling links
                     modules.setdefault(path.relative_to(root).as_posix(), path)
-    problems = [
-        Problem(
-            f"no such package is installed; give the name that `import` takes{_nearest(name, packages)}", value=name
-        )
-        for name in sorted((wanted or set()) - packages)
-    ]
-    return [modules[name] for name in sorted(modules, key=_hash)], problems
+    return [modules[name] for name in sorted(modules, key=_hash)]
 
 
 def _hash(text: str) -> bytes:
