@@ -114,8 +114,11 @@ def write_result(
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Also let in what the CLI has blocked until now: a signal at start-up would end the process without a result."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, lambda *_: stop.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def _stop_when_the_cli_dies(stop: threading.Event) -> None:

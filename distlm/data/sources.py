@@ -336,7 +336,7 @@ def _import_roots() -> list[str]:
 
 def _missing_packages(source: PythonDocsSource) -> list[Problem]:
     """Named packages that are not installed. Looks at the import system's roots only."""
-    installed = {name.removesuffix(".py") for root in _import_roots() for name in os.listdir(root)}
+    installed = {path.name.removesuffix(".py") for root in _import_roots() for path in Path(root).iterdir()}
     return [
         Problem(
             f"no such package is installed; give the name that `import` takes{_nearest(name, installed)}", value=name

@@ -12,19 +12,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
-from distlm.errors import ExitCode, InfrastructureError, Problem
+from distlm.errors import Cancelled, ExitCode, InfrastructureError, Problem
 from distlm.launchers.base import Request
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 
 LIVENESS_FD = "DISTLM_LIVENESS_FD"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WORKER_GIB = 0.5
 
 
 class LocalLauncher:
@@ -38,13 +40,22 @@ class LocalLauncher:
         for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
             for index, source in enumerate(sources):
                 for problem in check_source(source):
-                    yield Problem(_with_place(problem), f"data.{section}.{index}")
+                    yield Problem(_with_place(problem), f"data.{section}.{index}", problem.value)
         for key, name in (
             ("model.name_or_path", config.model.name_or_path),
             ("tokenizer.name_or_path", config.tokenizer.name_or_path),
         ):
-            if name and name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            if name and name.startswith("~"):
+                yield Problem("'~' is not expanded here; write ${HOME} for it", key)
+            elif name and name.startswith((".", "/")) and not os.path.isdir(name):
                 yield Problem("there is no such folder", key)
+        yield from _check_runs_dir(Path(config.runs_dir))
+        memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if config.resources.num_workers * _WORKER_GIB > memory_gib:
+            yield Problem(
+                f"each worker needs {_WORKER_GIB} GiB of memory for its libraries alone, and this machine has "
+                f"{memory_gib:.0f} GiB; use fewer workers", "resources.num_workers",
+            )  # fmt: skip
 
     def build(self, config: RunConfig, run: RunFolder) -> Request:
         return Request((sys.executable, "-m", "distlm.controller", str(run.path)), tuple(config.env))
@@ -57,6 +68,8 @@ class LocalLauncher:
                 )
             return ExitCode.SUCCEEDED
         reading, writing = os.pipe()
+        # A signal that comes before both sides have their handlers waits; the controller lets it in when it is ready.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         controller = subprocess.Popen(
             request.command,
             stdin=subprocess.DEVNULL,
@@ -65,19 +78,17 @@ class LocalLauncher:
             env={**os.environ, LIVENESS_FD: str(reading)},
         )
         os.close(reading)
-        previous = _forward_signals(controller)
-        try:
+        with _forwarded_signals(controller) as received:
             code = controller.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            os.close(writing)
-        if read_json(attempt.result_json) is None:
-            _clean_up_after(attempt)
-            raise InfrastructureError(
-                f"the controller ended without a result (exit code {code}); see {attempt.controller_log}"
-            )
-        return code
+        os.close(writing)
+        if (result := read_json(attempt.result_json)) is not None:
+            return int(result["exit_code"])
+        _clean_up_after(attempt)
+        if received:
+            raise Cancelled("the controller was killed before it could stop in order")
+        raise InfrastructureError(
+            f"the controller ended without a result ({_how_it_ended(code)}); see {attempt.controller_log}"
+        )
 
 
 def _with_place(problem: Problem) -> str:
@@ -85,18 +96,40 @@ def _with_place(problem: Problem) -> str:
     return f"{problem.location}: {problem.message}" if problem.location else problem.message
 
 
-def _forward_signals(controller: subprocess.Popen[bytes]) -> dict[signal.Signals, Any]:
-    """The first Ctrl-C or SIGTERM asks the controller to stop; the third kills it."""
-    count = 0
+def _check_runs_dir(runs_dir: Path) -> Iterator[Problem]:
+    nearest = next(path for path in (runs_dir, *runs_dir.parents, Path("/")) if os.path.exists(path))
+    if str(runs_dir).startswith("~"):
+        yield Problem("'~' is not expanded here; write ${HOME} for it", "runs_dir")
+    elif not nearest.is_dir():
+        yield Problem(f"{nearest} is a file, and a folder is needed", "runs_dir")
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        yield Problem(f"nothing can be written to the folder {nearest}", "runs_dir")
+
+
+@contextmanager
+def _forwarded_signals(controller: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM asks the controller to stop; the third kills it. Yields the signals that came."""
+    received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        controller.send_signal(number if count < 3 else signal.SIGKILL)
-        if count == 1:
-            print("stopping (again, and a third time, to kill)", file=sys.stderr, flush=True)
+        received.append(number)
+        controller.send_signal(number if len(received) < 3 else signal.SIGKILL)
+        if len(received) == 1:
+            with suppress(OSError):  # the terminal may be what has gone
+                print("stopping (again, and a third time, to kill)", file=sys.stderr, flush=True)
 
-    return {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS if number not in ignored}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _clean_up_after(attempt: AttemptFolder) -> None:

@@ -3,62 +3,59 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 
 
+def pretrained_config(name_or_path: str) -> PretrainedConfig:
+    """The config of a pretrained model. Raises InputError where there is none, or of a model that is no encoder."""
+    key = "model.name_or_path"
+    try:
+        model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path)
+    except Exception as error:  # noqa: BLE001 - broken files make transformers raise errors of many kinds
+        raise InputError(Problem(f"is no model: {_first_line(error)}", key, name_or_path)) from None
+    _require_encoder(model_config, key, name_or_path)
+    return model_config
+
+
 def build_model_config(
     config: RunConfig, vocab_size: int, special_token_ids: dict[str, int | None]
 ) -> PretrainedConfig:
     """The transformers config of the run's model. Raises InputError for keys and values that it does not take."""
-    if config.model.name_or_path:
-        try:
-            model_config = AutoConfig.from_pretrained(config.model.name_or_path)
-        except (OSError, ValueError) as error:
-            raise InputError(Problem(_first_line(error), "model.name_or_path", config.model.name_or_path)) from None
+    if name := config.model.name_or_path:
+        model_config = pretrained_config(name)
         if vocab_size > model_config.vocab_size:
             raise InputError(
                 Problem(
                     f"has {model_config.vocab_size} token embeddings, fewer than the tokenizer's {vocab_size} tokens; "
                     "use the model's own tokenizer",
                     "model.name_or_path",
-                    config.model.name_or_path,
+                    name,
                 )
             )
         return model_config
 
     keys = dict(config.model.config or {})
     model_type = str(keys.pop("model_type"))
-    try:
-        defaults = AutoConfig.for_model(model_type)
-    except ValueError:
-        known = AutoModelForMaskedLM._model_mapping.keys()
-        types = {cls.model_type for cls in known}
-        raise InputError(
-            Problem(
-                f"transformers has no such architecture; {nearest_name(model_type, types)}",
-                "model.config.model_type",
-                model_type,
-            )
-        ) from None
+    if model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise InputError(_no_encoder(model_type, "model.config.model_type", model_type))
+    defaults = AutoConfig.for_model(model_type)
     legal = {name for name in defaults.to_dict() if not name.startswith("_")} | set(type(defaults).attribute_map)
-    unknown = [
-        Problem(
-            f"unknown key of a {model_type} config; {nearest_name(name, legal)}", f"model.config.{name}", str(value)
-        )
-        for name, value in keys.items()
-        if name not in legal
-    ]
-    if unknown:
-        raise InputError(*unknown)
+    if problems := [*_unknown_keys(keys, legal, model_type), *_unknown_activations(keys)]:
+        raise InputError(*problems)
     keys.setdefault("vocab_size", vocab_size)
     if keys["vocab_size"] < vocab_size:
         raise InputError(
@@ -69,12 +66,47 @@ def build_model_config(
             )
         )
     for name, token_id in special_token_ids.items():
-        if name in legal and token_id is not None:
+        if name in legal:
             keys.setdefault(name, token_id)
     try:
-        return AutoConfig.for_model(model_type, **keys)
+        model_config = AutoConfig.for_model(model_type, **keys)
+    except StrictDataclassFieldValidationError as error:
+        field = re.search(r"'(\w+)'", str(error))
+        key = f"model.config.{field[1]}" if field else "model.config"
+        raise InputError(Problem(_first_line(error.__cause__ or error), key)) from None
     except Exception as error:  # noqa: BLE001 - transformers' validators raise errors of many kinds, all about these keys
         raise InputError(Problem(f"{model_type}: {_first_line(error)}", "model.config")) from None
+    _require_encoder(model_config, "model.config", "")
+    return model_config
+
+
+def _unknown_keys(keys: dict[str, Any], legal: set[str], model_type: str) -> Iterator[Problem]:
+    for name, value in keys.items():
+        if name not in legal:
+            advice = nearest_name(name, legal)
+            yield Problem(f"unknown key of a {model_type} config; {advice}", f"model.config.{name}", str(value))
+
+
+def _unknown_activations(keys: dict[str, Any]) -> Iterator[Problem]:
+    for name, value in keys.items():
+        is_activation = name.endswith(("act", "activation", "activation_function")) and isinstance(value, str)
+        if is_activation and value not in ACT2FN:
+            yield Problem(f"unknown activation; {nearest_name(value, ACT2FN)}", f"model.config.{name}", value)
+
+
+def _require_encoder(model_config: PretrainedConfig, key: str, value: str) -> None:
+    """Refuse what transformers has a masked-LM class for, or would build one from, that does not look at both sides."""
+    if model_config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise InputError(_no_encoder(model_config.model_type, key, value))
+    for flag in ("is_encoder_decoder", "is_decoder"):
+        if getattr(model_config, flag, False):
+            raise InputError(Problem(f"masked-LM trains encoders, and this {model_config.model_type} has {flag}: true",
+                                     key, value))  # fmt: skip
+
+
+def _no_encoder(model_type: str, key: str, value: str) -> Problem:
+    advice = nearest_name(model_type, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    return Problem(f"transformers has no masked-LM model of the type {model_type}; {advice}", key, value)
 
 
 def check_positions(model_config: PretrainedConfig, max_seq_length: int) -> None:
@@ -115,18 +147,50 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
     attn = config.model.attn_implementation
     try:
         if config.model.name_or_path:
-            model = AutoModelForMaskedLM.from_pretrained(
-                config.model.name_or_path, config=model_config, dtype=torch.float32, attn_implementation=attn
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                config.model.name_or_path,
+                config=model_config,
+                dtype=torch.float32,
+                attn_implementation=attn,
+                output_loading_info=True,
             )
+            _require_pretrained(model, report["missing_keys"])
         else:
             model = AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
+        if attn != "flash_attention_2":  # that one runs on GPUs only
+            _require_logits(model, config.data.max_seq_length)
+    except InputError:
+        raise
     except Exception as error:  # the constructors of models raise errors of many kinds
+        if "attention implementation" in str(error) or "Flash" in str(error):
+            message = f"a {model_config.model_type} in transformers does not have it here; use eager"
+            raise InputError(Problem(message, "model.attn_implementation", attn)) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
         raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     os.replace(temporary, folder)
+
+
+def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """A new head may be drawn at random; the encoder may not."""
+    if names := sorted(name for name in missing if name.startswith(f"{model.base_model_prefix}.")):
+        raise InputError(
+            Problem(
+                f"lacks {len(names)} weights of a {model.config.model_type}, such as {names[0]}", "model.name_or_path"
+            )
+        )
+
+
+def _require_logits(model: PreTrainedModel, max_seq_length: int) -> None:
+    """Have the model compute one full sample, so that whatever it cannot do is found before any worker starts."""
+    token_id = 1 if model.config.pad_token_id != 1 else 2
+    input_ids = torch.full((1, max_seq_length), token_id)
+    with torch.no_grad():
+        logits = model.train()(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    if logits.shape[:2] != input_ids.shape or not torch.isfinite(logits).all():
+        raise ValueError("it gives no finite numbers for a sample of data.max_seq_length")
 
 
 def load_model(folder: Path, attn_implementation: str, gradient_checkpointing: bool) -> PreTrainedModel:

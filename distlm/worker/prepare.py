@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from distlm.config.schema import RunConfig
@@ -51,15 +51,16 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     from distlm.data.prepare import prepare_data
     from distlm.data.tokenize import load_tokenizer
     from distlm.worker.metrics import forward_flops_per_sample
-    from distlm.worker.model import save_initial_model
-    from distlm.worker.schedule import learning_rate_schedule
+    from distlm.worker.model import pretrained_config, save_initial_model
 
     tokenizer_config = config.tokenizer
     if not (tokenizer_config.name_or_path or tokenizer_config.train):
         tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": config.model.name_or_path})
+    # Fail on the model and the tokenizer before the corpus is tokenised, which may take hours.
+    if config.model.name_or_path:
+        pretrained_config(config.model.name_or_path)
     if tokenizer_config.name_or_path:
-        # Fail on the tokenizer and the model before the corpus is tokenised, which may take hours.
-        _model_config(config, load_tokenizer(tokenizer_config.name_or_path))
+        _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     data = prepare_data(config.data, tokenizer_config, run.cache)
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
@@ -95,9 +96,24 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         data_info=asdict(data.info),
         data_was_cached=data.cached,
     )
-    learning_rate_schedule(config, prepared.total_steps)
+    _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
     return prepared
+
+
+def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
+    from distlm.data.tokenize import load_tokenizer
+
+    try:
+        return load_tokenizer(name_or_path)
+    except InputError as error:
+        if config.tokenizer.name_or_path:
+            raise
+        key = "model.name_or_path"  # the only one that the user has written
+        problems = (
+            replace(problem, key=key, message=f"its tokenizer: {problem.message}") for problem in error.problems
+        )
+        raise InputError(*problems) from error
 
 
 def _model_config(config: RunConfig, tokenizer: Any) -> Any:
@@ -115,6 +131,15 @@ def _total_steps(config: RunConfig, num_train_samples: int) -> int:
         return training.max_steps
     assert training.num_train_epochs is not None  # resolve.contradictions
     return max(1, math.ceil(training.num_train_epochs * num_train_samples / training.global_train_batch_size))
+
+
+def _check_schedule(config: RunConfig, total_steps: int) -> None:
+    from distlm.worker.schedule import learning_rate_schedule
+
+    if config.training.warmup_steps > total_steps:
+        message = f"is longer than the {total_steps} steps of training.num_train_epochs"
+        raise InputError(Problem(message, "training.warmup_steps", f"{config.training.warmup_steps:g}"))
+    learning_rate_schedule(config, total_steps)
 
 
 def _count_parameters(run: RunFolder) -> int:

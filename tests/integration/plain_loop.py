@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from distlm.config.schema import RunConfig
+from distlm.config.schema import RunConfig, TrainingConfig
 from distlm.data.order import permute, samples
 from distlm.data.pack import PackedDataset
 from distlm.tasks import make_task
@@ -39,10 +39,8 @@ def load(initial_model: Path) -> Any:
     return AutoModelForMaskedLM.from_pretrained(initial_model, dtype=torch.float32, local_files_only=True)
 
 
-def plain_training(
-    config: RunConfig, prepared: Prepared, initial_model: Path, num_steps: int
-) -> tuple[Curve, dict[str, Tensor]]:
-    """Train `num_steps` of the run's `prepared.total_steps` and return the curve and the final weights by name."""
+def plain_training(config: RunConfig, prepared: Prepared, initial_model: Path) -> tuple[Curve, dict[str, Tensor]]:
+    """Train for `max_steps` and return the curve and the final weights by name."""
     training = config.training
     task, data = make_task(config, prepared), PackedDataset(Path(prepared.train_path))
     model = load(initial_model).train()
@@ -55,7 +53,8 @@ def plain_training(
     )
     curve = Curve()
     num_micro_batches = training.global_train_batch_size // training.per_device_train_batch_size
-    for step in range(1, num_steps + 1):
+    assert training.max_steps is not None
+    for step in range(1, training.max_steps + 1):
         batches = []
         for micro_batch in range(num_micro_batches):
             first = ((step - 1) * num_micro_batches + micro_batch) * training.per_device_train_batch_size
@@ -71,7 +70,7 @@ def plain_training(
             (loss / num_targets).backward()
             loss_sum += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm or torch.inf)
-        learning_rate = linear_schedule(config, prepared.total_steps, step)
+        learning_rate = scheduled_rate(training, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
@@ -87,12 +86,16 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()[:8], "little") // 2
 
 
-def linear_schedule(config: RunConfig, total_steps: int, step: int) -> float:
-    """From 0 at step 1 up to the peak after `warmup_steps`, then down to 0 after the last step."""
-    warmup = int(config.training.warmup_steps)
-    done = step - 1
-    share = done / warmup if done < warmup else (total_steps - done) / (total_steps - warmup)
-    return config.training.learning_rate * share
+def scheduled_rate(training: TrainingConfig, step: int) -> float:
+    """From 0 at step 1 up to the peak after `warmup_steps`; then constant, or down to 0 after the last step."""
+    assert training.max_steps is not None
+    done, warmup = step - 1, int(training.warmup_steps)
+    if done < warmup:
+        return training.learning_rate * done / warmup
+    if training.lr_scheduler_type == "constant_with_warmup":
+        return training.learning_rate
+    assert training.lr_scheduler_type == "linear"
+    return training.learning_rate * (training.max_steps - done) / (training.max_steps - warmup)
 
 
 def plain_evaluation(

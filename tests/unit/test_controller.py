@@ -1,0 +1,142 @@
+"""The controller's decisions that need no cluster: which failure came first, progress lines, the lease, the result."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm.controller.__main__ import main, write_result
+from distlm.controller.policy import Outcome, StopAtFirstFailure
+from distlm.controller.progress import Progress, format_duration
+from distlm.controller.trainer import first_failure
+from distlm.errors import ExitCode, InputError
+from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json, run_created_s, write_json
+
+
+class WorkerGroupError(Exception):
+    """Stands in for Ray Train's, which carries the exception of each rank."""
+
+    def __init__(self, worker_failures: dict[int, Exception]) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = worker_failures
+
+
+def failure(rank: int, message: str, timestamp_ms: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "kind": "failure", "rank": rank, "host": f"node{rank}", "incarnation": 1, "timestamp_ms": timestamp_ms,
+        "type": "RuntimeError", "message": message, "details": "trace", "exit_code": 1, "expected": False,
+    } | fields  # fmt: skip
+
+
+def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
+    outcome = first_failure(
+        [
+            failure(0, "[gloo] Connection closed by peer [10.0.0.1]:3", 100),  # noticed before the cause was reported
+            failure(1, "index 7 is out of range\nmore", 200),
+            failure(2, "something later", 300),
+        ],
+        WorkerGroupError({}),
+    )
+    assert (outcome.rank, outcome.host, outcome.exit_code) == (1, "node1", ExitCode.FAILED)
+    assert outcome.message == "RuntimeError: index 7 is out of range"
+
+
+def test_an_error_made_on_purpose_keeps_its_text_and_exit_code() -> None:
+    message = "step-00000001: rank 1: no space; Connection reset by peer"
+    outcome = first_failure([failure(1, message, 5, exit_code=3, expected=True)], WorkerGroupError({}))
+    assert (outcome.exit_code, outcome.message) == (ExitCode.INFRASTRUCTURE, message)
+
+
+def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
+    followers = [failure(0, "Connection reset by peer", 100)]
+    outcome = first_failure(followers, WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError("The actor died")}))
+    assert (outcome.rank, outcome.exit_code) == (1, ExitCode.INFRASTRUCTURE)
+    assert "The actor died" in outcome.message
+
+
+def test_a_failure_without_any_worker_is_infrastructure() -> None:
+    outcome = first_failure([], ConnectionError("\n\nthe head node has gone\ntrace"))
+    assert (outcome.rank, outcome.exit_code) == (None, ExitCode.INFRASTRUCTURE)
+    assert outcome.message == "ConnectionError: the head node has gone"
+
+
+@pytest.mark.parametrize("code", list(ExitCode))
+def test_the_first_policy_never_trains_again(code: ExitCode) -> None:
+    assert not StopAtFirstFailure().decide(Outcome(code), 1).train_again
+
+
+def test_progress_says_step_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress(stream)
+    progress.begin(200)
+    values = {"train/loss": 7.5, "throughput/tokens_per_s": 1234.5}
+    progress.metrics(20, values)
+    now += 30
+    progress.metrics(50, values)
+    progress.metrics(50, {"eval/loss": 7.0, "eval/perplexity": 1096.6, "eval/accuracy": 0.05})
+    progress.metrics(50, {"time/checkpoint_s": 1.0})
+    assert stream.getvalue().splitlines() == [
+        "step  20/200  loss 7.5000  1,234 tokens/s  ETA -",
+        "step  50/200  loss 7.5000  1,234 tokens/s  ETA 2m 30s",
+        "step  50/200  eval loss 7.0000  perplexity 1096.6  accuracy 0.050",
+    ]
+
+
+def test_durations_read_well() -> None:
+    assert [format_duration(s) for s in (0, 59.6, 75, 3600, 90061)] == ["0s", "1m 00s", "1m 15s", "1h 00m", "25h 01m"]
+
+
+def make_run(tmp_path: Path) -> tuple[RunFolder, AttemptFolder]:
+    run = RunFolder.create(tmp_path, new_run_id())
+    return run, run.new_attempt()
+
+
+def test_a_run_has_one_writer_and_a_dead_one_is_none(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from distlm.run_folder import RunFolder, lease\n"
+        "with lease(RunFolder(Path(sys.argv[1]))): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"being trained by process {holder.pid}"), lease(run):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with lease(run):
+        pass
+
+
+def test_an_attempt_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
+    run, attempt = make_run(tmp_path)
+    write_json(attempt.result_json, {"exit_code": 75})
+    assert main([str(run.path)]) == ExitCode.PREEMPTED
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == ExitCode.BAD_INPUT
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_result_names_rank_host_cause_and_log(tmp_path: Path) -> None:
+    _, attempt = make_run(tmp_path)
+    write_result(attempt, Outcome(ExitCode.FAILED, "ValueError: x", 1, "node1", "trace"), started=0.0)
+    result = read_json(attempt.result_json)
+    assert result["state"] == "failed" and result["exit_code"] == 1
+    assert (result["rank"], result["host"], result["message"]) == (1, "node1", "ValueError: x")
+    assert result["log"] == str(attempt.worker_log(1))
+
+
+def test_a_run_id_tells_when_the_run_was_made() -> None:
+    assert abs(run_created_s(new_run_id()) - time.time()) < 5
