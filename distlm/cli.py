@@ -130,12 +130,12 @@ def _resume(options: argparse.Namespace) -> int:
     from distlm.run_folder import lease
 
     run = find_run(options.runs_dir, options.run)
-    launcher = LocalLauncher()
-    loaded, changes = changed_config(run, options.overrides, launcher.check)
     last = _last_result(run)
     if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
         print(f"run {run.run_id} has succeeded; nothing to do")
         return ExitCode.SUCCEEDED
+    launcher = LocalLauncher()
+    loaded, changes = changed_config(run, options.overrides, launcher.check)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         attempt = run.new_attempt()
         Attempt(
@@ -143,6 +143,7 @@ def _resume(options: argparse.Namespace) -> int:
             distlm_version=__version__,
             overrides=options.overrides,
             changes=changes,
+            origins=loaded.origins,
         ).write(attempt)
     print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)

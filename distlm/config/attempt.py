@@ -55,7 +55,7 @@ def changed_config(
 
     Raises InputError, naming each key, if the overrides would make it another run.
     """
-    previous = run.attempts()
+    previous = [attempt for attempt in run.attempts() if attempt.attempt_yaml.exists()]
     changes = [*Attempt.read(previous[-1]).changes, *overrides] if previous else list(overrides)
     tree = read_yaml(run.run_yaml)
     loaded = load_tree(copy.deepcopy(tree), changes, check)

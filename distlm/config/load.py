@@ -119,7 +119,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise InputError(Problem(message, location=where)) from None
     except yaml.reader.ReaderError as error:
         where = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
-        message = f"not valid YAML: the character U+{ord(error.character):04X} is not allowed"
+        message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
         raise InputError(Problem(message, location=where)) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(Problem(f"not valid YAML: {error}", location=name)) from None
@@ -144,7 +144,7 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
                     f"is given twice, first in line {seen[part]}", _dotted((*key, part)), "", f"{name}:{line}"
                 )
             seen[part] = line
-            if "." in part:
+            if "." in part and key_node.tag == "tag:yaml.org,2002:str":
                 message = "keys have no dots; write a: {b: ...} for a.b, which is meant for the command line"
                 yield Problem(message, _dotted((*key, part)), "", f"{name}:{line}")
             origins[_dotted((*key, part))] = f"{name}:{line}"

@@ -65,7 +65,18 @@ def _run(
         return Outcome(error.exit_code, str(error)), []
     except Exception as error:  # noqa: BLE001 - a fault of ours or of a library: still an outcome, with its cause
         traceback.print_exc()
-        return Outcome(ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {error}", details=traceback.format_exc()), []
+        return _unexpected(error), []
+
+
+def _unexpected(error: Exception) -> Outcome:
+    """Only what the operating system or Ray says may be otherwise next time."""
+    is_infrastructure = isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "ray"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return Outcome(
+        ExitCode.INFRASTRUCTURE if is_infrastructure else ExitCode.FAILED,
+        f"{type(error).__name__}: {lines[0] if lines else ''}",
+        details=traceback.format_exc(),
+    )
 
 
 def _located(folder: AttemptFolder, problems: tuple[Problem, ...]) -> list[Problem]:

@@ -26,7 +26,7 @@ from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import Cancelled, DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
-from distlm.worker.checkpoint_format import latest_good
+from distlm.worker.checkpoint_format import latest_good, list_checkpoints
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
@@ -55,6 +55,7 @@ class AttemptController:
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             prepared = self._prepare(cluster)
+            self._refuse_fewer_steps(prepared)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
                 outcome = self._train_and_export(recorder, cluster, prepared)
                 ray_scope.close()  # the machines are free while the rest is sent
@@ -67,6 +68,8 @@ class AttemptController:
             outcome = self._train(recorder, cluster, prepared)
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export()
+        except InputError:  # its problems are shown one by one
+            raise
         except DistlmError as error:
             outcome = Outcome(error.exit_code, str(error), details=traceback.format_exc())
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
@@ -96,8 +99,14 @@ class AttemptController:
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
         return prepared
 
+    def _refuse_fewer_steps(self, prepared: Prepared) -> None:
+        done = max((checkpoint.step for checkpoint in list_checkpoints(self.run.checkpoints)), default=0)
+        if done > prepared.total_steps:
+            message = f"the run has {done} steps already; give that or more"
+            raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
+
     def _get(self, reference: Any) -> Any:
-        """The result of a Ray task, unless the attempt is stopped first. Raises the task's own DistlmError."""
+        """The result of a Ray task, unless the attempt is stopped first. Raises the task's own exception."""
         import ray
 
         while not ray.wait([reference], timeout=_POLL_INTERVAL_S)[0]:
@@ -105,9 +114,7 @@ class AttemptController:
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, DistlmError):
-                raise error.cause from None
-            raise
+            raise error.cause from error  # the text of Ray's own error is a traceback
 
     def _stop_if_asked(self) -> None:
         if self.stop.is_set():
@@ -131,10 +138,6 @@ class AttemptController:
         for reason in skipped:
             self.progress.say(f"warning: a checkpoint is not used: {reason}")
         step = checkpoint.step if checkpoint else 0
-        if step > prepared.total_steps:
-            raise InputError(
-                Problem(f"the run has {step} steps already; give more", "training.max_steps", str(prepared.total_steps))
-            )
         if step == prepared.total_steps:
             return Outcome(ExitCode.SUCCEEDED)
         if checkpoint:
@@ -220,7 +223,10 @@ class AttemptController:
                 )
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
-        if not recorder.check_tracker(_TRACKER_TIMEOUT_S):
+        deadline = time.monotonic() + _TRACKER_TIMEOUT_S
+        while not (answered := recorder.check_tracker(_POLL_INTERVAL_S)) and time.monotonic() < deadline:
+            self._stop_if_asked()
+        if not answered:
             self.progress.say(
                 f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
                 "folder and sent when it does"
@@ -231,7 +237,8 @@ class AttemptController:
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         problem = ""
-        if not recorder.close(_mlflow_status(outcome.exit_code), _TRACKER_TIMEOUT_S):
+        timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6
+        if not recorder.close(_mlflow_status(outcome.exit_code), timeout_s):
             problem = recorder.tracker_problem
         elif self._tracker and self.config.tracking.log_model and outcome.exit_code == ExitCode.SUCCEEDED:
             from distlm.tracking.model_upload import upload_once

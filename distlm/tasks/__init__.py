@@ -29,6 +29,10 @@ class Task(Protocol):
         """Number of predictions that the loss of a batch sums over."""
         ...
 
+    def leave_out(self, batch: Batch, rows: torch.Tensor) -> None:
+        """Change a batch so that the samples where `rows` [B] is true count for nothing."""
+        ...
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the loss over a batch's targets, differentiable, and the number of right predictions. The model is
         called whatever the batch holds, since its forward pass is a collective operation under ZeRO-3."""

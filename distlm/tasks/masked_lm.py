@@ -65,6 +65,9 @@ class MaskedLM:
     def count_targets(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
+    def leave_out(self, batch: Batch, rows: torch.Tensor) -> None:
+        batch["labels"][rows] = IGNORED
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [B, S, V]
         is_target = batch["labels"] != IGNORED  # [B, S]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,7 +207,7 @@ class Worker:
         epochs, indices = samples(first_position, count, len(self.train_data), self.config.seed)
         return self.task.collate(self.train_data[indices], epochs, indices, training=True)
 
-    def evaluation_batches(self) -> list[Batch]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """This worker's share of the evaluation: the same number of batches of the same size on every worker, since a
         forward pass is collective under ZeRO-3. Places beyond the end hold a sample that is not counted."""
         assert self.validation_data is not None
@@ -215,14 +215,12 @@ class Worker:
         count = min(total, self.config.training.max_eval_samples or total)
         size = min(self.config.training.per_device_eval_batch_size, math.ceil(count / self.world_size))
         chosen = permute(np.arange(count), total, 0, 0)
-        batches = []
         for start in range(0, count, size * self.world_size):
             places = start + self.rank * size + np.arange(size)
             indices = chosen[np.minimum(places, count - 1)]
             batch = self.task.collate(self.validation_data[indices], np.zeros_like(indices), indices, training=False)
-            batch["labels"][torch.from_numpy(places >= count)] = -100
-            batches.append(batch)
-        return batches
+            self.task.leave_out(batch, torch.from_numpy(places >= count))
+            yield batch
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

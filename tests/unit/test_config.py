@@ -160,7 +160,7 @@ def test_all_problems_are_listed_at_once_also_those_between_keys(tmp_path: Path)
         ("a: !!python/object/apply:os.system [echo]\n", 1, "no tags that create objects"),
         ("seed: 1\nname: x\nseed: 2\n", 3, "given twice, first in line 1"),
         ("a: &x [*x]\n", None, "refers to itself"),
-        ("a: \x00\n", None, "not valid YAML"),
+        ("a: \x00\n", 1, "not valid YAML"),
     ],
 )
 def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str, line: int | None, advice: str) -> None:
