@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
+from distlm.redact import holds_password, redact_uri
 
 Key = tuple[str | int, ...]
 """Path of a value in the tree: ("data", "train", 0, "paths")."""
@@ -240,6 +241,18 @@ def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
     return changed
 
 
+_PASSWORD = "holds a password; put that into an environment variable and write ${NAME} in its place"
+
+
+def _passwords(value: Any, key: Key) -> Iterator[Key]:
+    """Where a password is written out, which would be stored and logged with the config."""
+    if isinstance(value, (dict, list)):
+        for part, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _passwords(item, (*key, part))
+    elif isinstance(value, str) and holds_password(value):
+        yield key
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +272,7 @@ def _validate(
             location=problem.location or locate(origins, problem.key) or default_location,
         )
 
+    problems = [*problems, *(located(Problem(_PASSWORD, _dotted(key))) for key in _passwords(raw, ()))]
     unset: list[tuple[Key, str]] = []
     tree = _expand(raw, (), environ, unset)
     problems = [*problems, *(located(Problem(message, _dotted(key))) for key, message in unset)]
@@ -333,14 +347,9 @@ def _shown(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    text = redact(value) if isinstance(value, str) else str(value)
+    text = redact_uri(value) if isinstance(value, str) else str(value)
     text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def redact(text: str) -> str:
-    """The text without the user name and password that a URI in it may carry."""
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
 
 
 def _key_of(tree: Any, error: dict[str, Any]) -> Key:

@@ -75,7 +75,8 @@ class TokenizerConfig(Section):
 
 
 class FilesSource(Section):
-    """Local text files: .txt (paragraphs separated by blank lines), .jsonl, .csv, .tsv, .parquet."""
+    """Local text files: .txt (paragraphs separated by blank lines), .jsonl, .csv (fields may be quoted), .tsv (a line
+    is a row, quotes are text), .parquet. Tables begin with a header."""
 
     source: Literal["files"]
     """Kind of source."""

@@ -97,7 +97,7 @@ class BlockWriter:
         self._is_separator_due = False
         item = pa.from_numpy_dtype(layout.dtype)
         self._schema = pa.schema([pa.field("input_ids", pa.list_(item, layout.length), nullable=False)])
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def add(self, ids: list[int], ends_document: bool = True) -> None:

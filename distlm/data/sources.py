@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from distlm.errors import InputError, Problem
 
@@ -252,19 +252,20 @@ def _json_kind(value: object) -> str:
 
 
 def _read_csv(path: Path, text_column: str) -> Iterator[str]:
-    return _read_table(path, text_column, delimiter=",")
+    # Strict, because otherwise a quote that is never closed swallows the rest of the file without a word.
+    return _read_table(csv.reader(_read_lines(path), strict=True), path, text_column)
 
 
 def _read_tsv(path: Path, text_column: str) -> Iterator[str]:
-    return _read_table(path, text_column, delimiter="\t")
+    # A line is a row and a quote is a character: text/tab-separated-values, as registered with IANA, has no quoting.
+    reader = csv.reader(_read_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    return _read_table(reader, path, text_column)
 
 
-def _read_table(path: Path, text_column: str, delimiter: str) -> Iterator[str]:
+def _read_table(reader: Any, path: Path, text_column: str) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)
-    # Strict, because otherwise a quote that is never closed swallows the rest of the file without a word.
-    reader = csv.reader(_read_lines(path), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header: list[str] = next(reader, [])
         if header and text_column not in header:
             raise _missing_column(text_column, header, path, 1)
         for row in reader:
@@ -336,7 +337,7 @@ def _import_roots() -> list[str]:
 
 def _missing_packages(source: PythonDocsSource) -> list[Problem]:
     """Named packages that are not installed. Looks at the import system's roots only."""
-    installed = {path.name.removesuffix(".py") for root in _import_roots() for path in Path(root).iterdir()}
+    installed = {path.name.removesuffix(".py") for root in _import_roots() for path in Path(root).glob("*")}
     return [
         Problem(
             f"no such package is installed; give the name that `import` takes{_nearest(name, installed)}", value=name

@@ -8,7 +8,6 @@ the module that implements the tracker, which only the controller imports.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,14 +22,6 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }.items():
     os.environ.setdefault(_name, _value)
-
-_USER_INFO = re.compile(r"://(?:[^\s/:@]*:\S*|[^\s/:@]*)@")
-_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:password|passwd|secret|token|key)[^=&\s]*=)[^&\s]*", re.IGNORECASE)
-
-
-def redact_uri(text: str) -> str:
-    """`text` (a URI, or a message that holds URIs) without user names, passwords and tokens."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub("://***@", text))
 
 
 class Point(NamedTuple):

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from distlm.errors import AttestationError, DistlmError, InputError
+from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
-from distlm.tracking import Point, RefusedError, Tracker, redact_uri
+from distlm.tracking import Point, RefusedError, Tracker
 from distlm.tracking.records import POINT_KINDS, read_lines
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from distlm.errors import AttestationError, InfrastructureError, InputError, Problem
-from distlm.tracking import Point, RefusedError, redact_uri
+from distlm.redact import redact_uri
+from distlm.tracking import Point, RefusedError
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, read_json, write_json
-from distlm.tracking import redact_uri
 
 _TIMEOUT_S = 3600.0
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from distlm.config.attempt import load_attempt
 from distlm.config.schema import RunConfig
 from distlm.errors import DistlmError, ExitCode, InfrastructureError, InputError
+from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, lease
-from distlm.tracking import Tracker, redact_uri
+from distlm.tracking import Tracker
 from distlm.tracking.delivery import sync
 from distlm.tracking.mlflow import MlflowTracker
 from distlm.tracking.model_upload import upload_once

@@ -91,6 +91,7 @@ def test_csv_and_tsv_with_quotes_and_line_ends_in_fields(tmp_path: Path) -> None
     csv = 'label,text\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,\r\n3,plain\r\n'
     assert read(write(tmp_path / "a.csv", csv)) == ['two\nlines, "quoted"', "", "plain"]
     assert read(write(tmp_path / "a.tsv", "\ufefftext\tlabel\na, b\t0\n")) == ["a, b"]
+    assert read(write(tmp_path / "q.tsv", 'text\tlabel\n"open, a\t0\nsay "b"\t1\n')) == ['"open, a', 'say "b"']
     long = "x" * 200_000  # more than csv's own limit
     assert read(write(tmp_path / "b.csv", f"text\n{long}\n")) == [long]
 
@@ -141,7 +142,7 @@ MALFORMED: dict[str, tuple[str | bytes, list[str]]] = {
     "column.csv:1": ("Text,label\na,b\n", ["the columns are 'Text', 'label'", "did you mean 'Text'?"]),
     "row.csv:3": ("text,label\na,b\nc, d,e\n", ["the row has 3 fields and the header has 2", "stand in quotes"]),
     "open.csv:4": ('text,label\na,b\n"never closed,c\nd,e\n', ["unexpected end of data", "written twice"]),
-    "quote.tsv:2": ('text\tlabel\n"a" said\tb\n', ["expected after", "convert the file to .jsonl"]),
+    "quote.csv:2": ('text,label\n"a" said,b\n', ["expected after", "convert the file to .jsonl"]),
     "a.parquet": ("PAR1 and then nothing", ["not a readable Parquet file"]),
 }
 
