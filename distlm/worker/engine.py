@@ -133,7 +133,12 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
     # On a CPU machine, Accelerate without a named backend believes it is alone, and with cpu=True it drops DeepSpeed.
     backend = InitProcessGroupKwargs(backend="nccl" if settings.device == "cuda" else "gloo")
     plugin = DeepSpeedPlugin(hf_ds_config=config)
-    return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[backend])
+    return Accelerator(
+        deepspeed_plugin=plugin,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision="no",
+        kwargs_handlers=[backend],
+    )
 
 
 def _prepare_deepspeed_import(settings: EngineSettings) -> None:

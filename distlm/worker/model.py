@@ -200,7 +200,7 @@ def load_model(folder: Path, attn_implementation: str, gradient_checkpointing: b
     )
     if gradient_checkpointing:
         # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, write_json
+
+if TYPE_CHECKING:
+    from distlm.data.prepare import DataInfo
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
 
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
-    from distlm.data.prepare import prepare_data
+    from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
     from distlm.worker.metrics import forward_flops_per_sample
     from distlm.worker.model import pretrained_config, save_initial_model
@@ -66,13 +69,8 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     model_config = _model_config(config, tokenizer)
 
     before = read_json(run.init / "prepared.json")
-    if before is not None and before["data_info"]["train"]["content_sha256"] != data.info.train.content_sha256:
-        raise InputError(
-            Problem(
-                "the data is not what this run began with, so its samples cannot be continued; submit a new run",
-                "data.train",
-            )
-        )
+    if before is not None:
+        _check_same_data(DataInfo.from_json(before["data_info"]), data.info)
 
     run.init.mkdir(exist_ok=True)
     if not (run.init / "model").exists():
@@ -105,15 +103,37 @@ def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
     from distlm.data.tokenize import load_tokenizer
 
     try:
-        return load_tokenizer(name_or_path)
+        tokenizer = load_tokenizer(name_or_path)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            # transformers makes such a one, without a word, for a folder that has nothing but a model's config.json.
+            raise InputError(
+                Problem(
+                    "it knows special tokens only; tokenizer.json is missing", "tokenizer.name_or_path", name_or_path
+                )
+            )
     except InputError as error:
         if config.tokenizer.name_or_path:
             raise
         key = "model.name_or_path"  # the only one that the user has written
-        problems = (
-            replace(problem, key=key, message=f"its tokenizer: {problem.message}") for problem in error.problems
-        )
-        raise InputError(*problems) from error
+        raise InputError(
+            *(replace(p, key=key, message=f"its tokenizer: {p.message}") for p in error.problems)
+        ) from error
+    return tokenizer
+
+
+def _check_same_data(before: DataInfo, now: DataInfo) -> None:
+    """Raise InputError if a resume would train or evaluate on other samples than the run began with."""
+
+    def content(info: DataInfo, split: str) -> str | None:
+        found = getattr(info, split)
+        return found.content_sha256 if found else None
+
+    different = [f"data.{split}" for split in ("train", "validation") if content(before, split) != content(now, split)]
+    if before.tokenizer_fingerprint != now.tokenizer_fingerprint:
+        different.append("tokenizer")
+    if different:
+        message = "is not what this run began with, so its samples cannot be continued; submit a new run"
+        raise InputError(*(Problem(message, key) for key in different))
 
 
 def _model_config(config: RunConfig, tokenizer: Any) -> Any:

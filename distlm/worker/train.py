@@ -44,8 +44,6 @@ from distlm.worker.model import load_model
 from distlm.worker.prepare import Prepared
 from distlm.worker.schedule import learning_rate_schedule
 
-_ATTESTED_PROBES = 4
-
 
 @dataclass(frozen=True)
 class WorkerContext:
@@ -70,7 +68,7 @@ def train(context: WorkerContext) -> None:
 
     for step in range(worker.first_step, last_step + 1):
         worker.train_step(step)
-        if is_due(step, config.logging_steps, last_step) or step == worker.first_step:
+        if is_due(step, config.logging_steps, last_step) or step == 1:
             worker.log(step)
         with worker.timer.paused():
             if is_due(step, config.eval_steps, last_step):
@@ -232,8 +230,8 @@ class Worker:
         base = self.first_position(self.first_step, 0)
         starts = [self.first_position(self.first_step, m) for m in self.my_micro_batches()]
         positions = [start + i for start in starts for i in range(self.plan.micro_batch)]
-        probes = np.linspace(base, base + self.plan.global_batch - 1, _ATTESTED_PROBES).astype(int).tolist()
-        facts = gather_facts(self.engine, self.accelerator, positions, {p: self._fingerprint(p) for p in probes})
+        every_start = [self.first_position(self.first_step, m) for m in range(self.plan.micro_batches)]
+        facts = gather_facts(self.engine, self.accelerator, positions, {p: self._fingerprint(p) for p in every_start})
         expected = Expected(
             world_size=self.config.resources.num_workers,
             zero_stage=self.config.deepspeed.zero_stage,
@@ -244,8 +242,8 @@ class Worker:
         attest(facts, expected)
 
     def _fingerprint(self, position: int) -> str:
-        """Hash of one training sample as the model sees it."""
-        batch = self.samples(position, 1)
+        """Hash of the micro batch that begins at a position, as the model would see it."""
+        batch = self.samples(position, self.plan.micro_batch)
         return hashlib.sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()
 
     # --- metrics -----------------------------------------------------------------------------------------------------
