@@ -23,7 +23,7 @@ _EPILOG = """exit codes: 0 succeeded; 1 failed, would fail again; 2 bad input; 3
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; errors made on purpose end as text on stderr, without a traceback."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(options.verb(options))
     except DistlmError as error:
@@ -35,6 +35,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone: `distlm schema | head`
         return int(ExitCode.SUCCEEDED)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; overrides may stand anywhere, of which argparse alone takes those before the first option only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        advice = "; overrides have no dashes: key.sub=value" if any("=" in item for item in unknown) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     resume.set_defaults(verb=_resume)
     for verb in (submit, resume):
-        verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.max_steps=1000")
+        verb.add_argument(
+            "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000"
+        )
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
 
     validate = verbs.add_parser("validate", help="check a config and its local files, listing all problems")
     validate.add_argument("config", type=Path, help="YAML file")
-    validate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    validate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     validate.set_defaults(verb=_validate)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of the config, for editors")
@@ -172,7 +187,8 @@ def _report(run: RunFolder, code: int) -> int:
         for problem in result["problems"]:
             print(f"distlm: {Problem.from_json(problem)}", file=sys.stderr)
         return code
-    place = f" on rank {result['rank']} ({result['host']})" if result.get("rank") is not None else ""
+    place = f" on rank {result['rank']}" if result.get("rank") is not None else ""
+    place += f" ({result['host']})" if result.get("host") else ""
     print(f"distlm: {result['state']}{place}: {result['message']}", file=sys.stderr)
     print(f"distlm: log: {where(result['log'])}", file=sys.stderr)
     if any(run.checkpoints.glob("step-*")):
@@ -184,7 +200,7 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     """The run named by its id, a beginning of it, its folder, or 'last'. Raises InputError unless it is exactly one."""
     from distlm.run_folder import RunFolder
 
-    if (Path(name) / "run.yaml").is_file():
+    if (Path(name) / "run.yaml").is_file() and (Path(name) / "attempts").is_dir():
         return RunFolder(Path(name).absolute())
     known = sorted(path.parent for path in runs_dir.absolute().glob("*/run.yaml"))
     found = known[-1:] if name == "last" else [path for path in known if path.name.startswith(name)]

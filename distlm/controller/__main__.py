@@ -7,6 +7,7 @@ attempt that has a result already is not run again: the process exits with its c
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -70,6 +71,8 @@ def _run(
 
 def _unexpected(error: Exception) -> Outcome:
     """Only what the operating system or Ray says may be otherwise next time."""
+    if isinstance(error, ModuleNotFoundError):
+        return Outcome(ExitCode.BAD_INPUT, f"{error.name} is not installed here; run: pip install 'distlm[train]'")
     is_infrastructure = isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "ray"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return Outcome(
@@ -85,22 +88,38 @@ def _located(folder: AttemptFolder, problems: tuple[Problem, ...]) -> list[Probl
     return [replace(problem, location=problem.location or locate(origins, problem.key)) for problem in problems]
 
 
+_CACHES = {
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+    "MPLCONFIGDIR": "matplotlib",
+}
+"""Where libraries keep what they compile; by default in the home folder or in /tmp."""
+
+
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> Outcome:
     from distlm.controller.attempt import AttemptController
     from distlm.controller.cluster import make_temporary_root
 
+    for variable, name in _CACHES.items():
+        os.environ.setdefault(variable, str(run.cache / "libraries" / name))
     controller = AttemptController(run, folder, progress, stop)
     embedded = "RAY_ADDRESS" not in os.environ
     temporary_root = make_temporary_root() if embedded else None
-    write_json(
-        folder.handle_json,
-        {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "temporary_root": str(temporary_root or ""),
-        },
-    )
-    return controller.execute(temporary_root)
+    try:
+        write_json(
+            folder.handle_json,
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "temporary_root": str(temporary_root or ""),
+            },
+        )
+        return controller.execute(temporary_root)
+    finally:
+        if temporary_root is not None:
+            shutil.rmtree(temporary_root, ignore_errors=True)
 
 
 def write_result(

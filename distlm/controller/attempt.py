@@ -50,6 +50,7 @@ class AttemptController:
 
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
+        self._stop_if_asked()
         with ExitStack() as ray_scope:
             address = os.environ.get("RAY_ADDRESS")
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
@@ -82,6 +83,7 @@ class AttemptController:
         """Preflight, then everything that is made once."""
         import ray
 
+        self._stop_if_asked()
         if cluster.device == "cpu" and self.config.training.mixed_precision == "bf16" and not cpu_multiplies_bf16():
             self.progress.say(
                 "warning: this CPU has no bf16 instructions, and bf16 is about ten times slower than fp32 on it "
@@ -89,6 +91,7 @@ class AttemptController:
             )
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
+        self._stop_if_asked()
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
         prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -57,7 +56,7 @@ def _own_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]:
-    """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and remove all of it at the end."""
+    """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards."""
     os.environ.update(_RAY_SETTINGS)
     if address := os.environ.get("RAY_ADDRESS"):
         yield from _join(config, address)
@@ -121,14 +120,20 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
                 namespace="distlm",
             )
     except Exception as error:  # whatever Ray raises, the attempt has no cluster
+        _stop_ray()
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         yield Cluster(True, device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
     finally:
-        processes = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        end_processes(processes)
-        shutil.rmtree(temporary_root, ignore_errors=True)
+        _stop_ray()
+
+
+def _stop_ray() -> None:
+    import ray
+
+    processes = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    end_processes(processes)
 
 
 def _count_gpus_with_torch() -> int:

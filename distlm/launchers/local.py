@@ -63,9 +63,11 @@ class LocalLauncher:
     def submit(self, request: Request, attempt: AttemptFolder, detach: bool) -> int:
         if detach:
             with open(attempt.controller_log, "ab") as log:
-                subprocess.Popen(
+                controller = subprocess.Popen(
                     request.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
+            log_path = os.path.relpath(attempt.controller_log)
+            print(f"in the background; follow: tail -f {log_path}; stop: kill {controller.pid}")
             return ExitCode.SUCCEEDED
         reading, writing = os.pipe()
         # A signal that comes before both sides have their handlers waits; the controller lets it in when it is ready.

@@ -1,0 +1,409 @@
+"""`distlm submit` and `resume` as a user runs them, with real Ray: what a run leaves, and how it ends when it is hurt.
+
+One folder is shared by all runs here, so the corpus is tokenised once. Every process of a run inherits its HOME, which
+is a folder of our own: by that the processes that a run has left behind are found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from distlm.data.order import samples
+from distlm.data.pack import PackedDataset
+from distlm.errors import ExitCode
+from distlm.run_folder import RunFolder, lease, read_json
+from distlm.worker.checkpoint_format import list_checkpoints
+
+MAX_SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 32, 16, 4, 42
+CONFIG = {
+    "name": "tiny",
+    "model": {
+        "config": {
+            "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 64, "max_position_embeddings": MAX_SEQ_LENGTH,
+        }
+    },
+    "tokenizer": {"train": {"vocab_size": 300}},
+    "data": {
+        "train": [{"source": "files", "paths": ["corpus.jsonl"]}],
+        "max_seq_length": MAX_SEQ_LENGTH,
+        "validation_fraction": 0.1,
+    },
+    "training": {
+        "max_steps": 20, "global_train_batch_size": GLOBAL_BATCH, "per_device_train_batch_size": MICRO_BATCH,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "mixed_precision": "no",
+        "logging_steps": 5, "eval_steps": 10, "max_eval_samples": 32, "save_steps": 10,
+    },
+    "deepspeed": {"zero_stage": 2},
+    "resources": {"num_workers": 2},
+    "tracking": {"system_metrics_interval_s": 1.0},
+}  # fmt: skip
+ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null")
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 30.0
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.1)
+    return value
+
+
+class Command:
+    """A running `distlm` command, its output in files."""
+
+    def __init__(self, place: Place, arguments: tuple[str, ...]) -> None:
+        number = len(list(place.folder.glob("command-*.out")))
+        self._out, self._err = (place.folder / f"command-{number}.{suffix}" for suffix in ("out", "err"))
+        self._place = place
+        with open(self._out, "wb") as out, open(self._err, "wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "distlm.cli", *arguments], cwd=place.folder, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=err, env=place.environ,
+            )  # fmt: skip
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def wait_for(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        def appeared() -> bool:
+            assert self.process.poll() is None or text in self.out, (self.out, self.err)
+            return text in self.out
+
+        wait_until(appeared, timeout_s, f"{text!r} in the output")
+
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> int:
+        code = self.process.wait(timeout_s)
+        assert "Traceback" not in self.out + self.err
+        return code
+
+    @property
+    def run(self) -> RunFolder:
+        found = wait_until(lambda: re.search(r"^run (\S+?),? .*\n", self.out), 60, "the run's id")
+        return RunFolder(self._place.runs_dir / found[1])
+
+    @property
+    def controller(self) -> psutil.Process:
+        handle = wait_until(lambda: read_json(self.run.attempts()[-1].handle_json), 60, "handle.json")
+        return psutil.Process(handle["pid"])
+
+
+class Place:
+    """A user's folder with corpus and config, a home that must stay empty, and a folder for temporary files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home, self.temporary = folder, folder / "home", folder / "tmp"
+        self.runs_dir = folder / "runs"
+        self.home.mkdir(parents=True)
+        self.temporary.mkdir()
+        write_corpus(folder / "corpus.jsonl")
+        (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+        foreign = ("RAY_", "MLFLOW_", "HF_", "XDG_")
+        self.environ = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        self.environ |= {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
+
+    def start(self, *arguments: str) -> Command:
+        return Command(self, arguments)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that was started from here and still runs."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def mlflow_run(self, run: RunFolder) -> Run:
+        """The one MLflow run of a distlm run."""
+        (found,) = self.mlflow_runs(run)
+        return found
+
+    def mlflow_runs(self, run: RunFolder) -> list[Run]:
+        store = self.client
+        experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+        return list(store.search_runs(experiments, f"tags.`distlm.run_id` = '{run.run_id}'"))
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.runs_dir / 'mlflow.db'}")
+
+    def require_nothing_left(self, run: RunFolder) -> None:
+        """No process, no folder of Ray's, nothing in the home or in the folder for temporary files."""
+        wait_until(lambda: not self.processes(), END_TIMEOUT_S, f"the end of {self.processes()}")
+        if handle := read_json(run.attempts()[-1].handle_json):
+            assert not Path(handle["temporary_root"]).exists()
+        assert not list(self.home.iterdir())
+        assert not list(self.temporary.iterdir())
+
+
+def write_corpus(path: Path) -> None:
+    """Text with something to learn: each word is followed by one of three."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(2, 6))) for _ in range(60)]
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(300):
+            word, text = draw.randrange(60), []
+            for _ in range(40):
+                text.append(words[word])
+                word = (word * 7 + draw.randrange(3)) % 60
+            file.write(json.dumps({"text": " ".join(text)}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("submit"))
+
+
+@pytest.fixture(scope="module")
+def success(place: Place) -> Command:
+    """The first run, to its end."""
+    command = place.start("submit", "run.yaml")
+    assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
+    return command
+
+
+def history(place: Place, run: RunFolder, key: str) -> list[int]:
+    """The steps at which MLflow has a metric, one for each point."""
+    return [point.step for point in place.client.get_metric_history(place.mlflow_run(run).info.run_id, key)]
+
+
+class TestSuccess:
+    def test_it_says_what_happens_and_where_things_are(self, success: Command) -> None:
+        lines = success.out.splitlines()
+        assert lines[0] == f"run {success.run.run_id} in runs/{success.run.run_id}"
+        assert any(re.fullmatch(r"step +5/20  loss \d\.\d{4}  [\d,]+ tokens/s  ETA .+", line) for line in lines)
+        assert any(line.startswith("step 20/20  eval loss") for line in lines)
+        assert lines[-1] == f"succeeded: model in runs/{success.run.run_id}/model; curves: distlm ui --runs-dir runs"
+        assert success.err == ""
+
+    def test_nothing_else_is_left(self, place: Place, success: Command) -> None:
+        place.require_nothing_left(success.run)
+        left = {path.name for path in place.folder.iterdir() if not path.name.startswith("command-")}
+        assert left == {"run.yaml", "corpus.jsonl", "home", "tmp", "runs"}
+
+    def test_the_result_says_succeeded(self, success: Command) -> None:
+        result = read_json(success.run.attempts()[-1].result_json)
+        assert (result["state"], result["exit_code"], result["problems"]) == ("succeeded", 0, [])
+
+    def test_mlflow_has_one_finished_run_with_params_and_tags(self, place: Place, success: Command) -> None:
+        run = place.mlflow_run(success.run)
+        assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
+        assert run.data.params["training.learning_rate"] == "0.01"
+        assert run.data.params["model.config.hidden_size"] == "32"
+        assert not any(key.startswith(("resources.", "tracking.")) for key in run.data.params)
+        tags = run.data.tags
+        assert (tags["distlm.world_size"], tags["distlm.zero_stage"], tags["distlm.target"]) == ("2", "2", "local")
+        assert tags["distlm.version.torch"] == torch.__version__
+
+    def test_mlflow_has_each_point_once(self, place: Place, success: Command) -> None:
+        for key in (
+            "train/loss", "learning_rate", "grad_norm", "epoch", "throughput/tokens_per_s", "throughput/device/mfu",
+            "time/step_s", "memory/peak_gib",
+        ):  # fmt: skip
+            assert history(place, success.run, key) == [1, 5, 10, 15, 20], key
+        for key in ("eval/loss", "eval/perplexity", "eval/accuracy"):
+            assert history(place, success.run, key) == [10, 20], key
+        metrics = place.mlflow_run(success.run).data.metrics
+        assert any(key.startswith("system/0/") for key in metrics)
+        assert metrics["learning_rate"] == pytest.approx(1e-2) and metrics["grad_norm"] > 0
+        assert 0 < metrics["throughput/device/mfu"] < 1
+        assert metrics["epoch"] == pytest.approx(20 * GLOBAL_BATCH / prepared(success.run)["num_train_samples"])
+
+    def test_the_loss_falls(self, place: Place, success: Command) -> None:
+        run_id = place.mlflow_run(success.run).info.run_id
+        losses = [point.value for point in place.client.get_metric_history(run_id, "train/loss")]
+        assert losses[0] == pytest.approx(np.log(prepared(success.run)["vocab_size"]), abs=0.1)
+        assert losses[-1] < losses[0] - 0.5
+
+    def test_mlflow_has_config_logs_and_data(self, place: Place, success: Command) -> None:
+        run = place.mlflow_run(success.run)
+        names = {file.path for file in place.client.list_artifacts(run.info.run_id)}
+        assert {"run.yaml", "attempts"} <= names
+        logs = {Path(file.path).name for file in place.client.list_artifacts(run.info.run_id, "attempts/001/logs")}
+        assert {"controller.log", "prepare.log", "rank-00000.log", "rank-00001.log"} <= logs
+        info = prepared(success.run)["data_info"]
+        inputs = {item.dataset.name: (item.dataset.digest, item.tags[0].value) for item in run.inputs.dataset_inputs}
+        assert inputs == {
+            "train": (info["train"]["content_sha256"][:32], "training"),
+            "validation": (info["validation"]["content_sha256"][:32], "evaluation"),
+        }
+
+    def test_the_logged_model_predicts(self, place: Place, success: Command) -> None:
+        import mlflow
+
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(f"sqlite:///{place.runs_dir / 'mlflow.db'}")
+        try:
+            pipeline = mlflow.transformers.load_model(read_json(success.run.model_upload_json)["model_uri"])
+        finally:
+            mlflow.set_tracking_uri(before)
+        assert len(pipeline(f"a {pipeline.tokenizer.mask_token} b")) == 5
+
+    def test_the_model_is_the_last_checkpoint(self, success: Command) -> None:
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        from distlm.worker.checkpoint import read_parameters
+
+        model = AutoModelForMaskedLM.from_pretrained(success.run.model, dtype=torch.float32)
+        last = list_checkpoints(success.run.checkpoints)[0]
+        assert last.step == 20
+        parameters = dict(read_parameters(last.path))
+        assert {name for name, _ in model.named_parameters()} == parameters.keys()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, parameters[name]), name
+        tokenizer = AutoTokenizer.from_pretrained(success.run.model)
+        assert len(tokenizer) == model.config.vocab_size == prepared(success.run)["vocab_size"]
+
+    def test_a_resume_of_a_succeeded_run_does_nothing(self, place: Place, success: Command) -> None:
+        command = place.start("resume", "last")
+        assert command.wait() == ExitCode.SUCCEEDED
+        assert command.out == f"run {success.run.run_id} has succeeded; nothing to do\n"
+        assert len(success.run.attempts()) == 1
+
+    def test_a_resume_with_another_learning_rate_is_refused(self, place: Place, success: Command) -> None:
+        command = place.start("resume", success.run.run_id, "training.learning_rate=0.5", "training.max_steps=30")
+        assert command.wait() == ExitCode.BAD_INPUT
+        assert "training.learning_rate" in command.err and "cannot be changed on resume" in command.err
+        assert "training.max_steps" not in command.err
+        assert len(success.run.attempts()) == 1
+
+    def test_a_resume_of_a_run_that_is_being_trained_is_refused(self, place: Place, success: Command) -> None:
+        with lease(success.run):
+            command = place.start("resume", success.run.run_id, "training.max_steps=30")
+            assert command.wait() == ExitCode.BAD_INPUT
+        assert f"is being trained by process {os.getpid()} on" in command.err
+        assert len(success.run.attempts()) == 1
+
+    def test_a_resume_with_more_steps_goes_on_in_the_same_mlflow_run(self, place: Place, success: Command) -> None:
+        command = place.start("resume", success.run.run_id, "training.max_steps=30")
+        assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
+        assert "(from the cache)" in command.out and "continuing from checkpoint step-00000020" in command.out
+        run = place.mlflow_run(success.run)
+        assert run.info.status == "FINISHED" and run.data.tags["distlm.attempt"] == "2"
+        assert history(place, success.run, "train/loss") == [1, 5, 10, 15, 20, 21, 25, 30]
+        assert history(place, success.run, "eval/loss") == [10, 20, 30]
+        assert list_checkpoints(success.run.checkpoints)[0].step == 30
+        place.require_nothing_left(success.run)
+
+
+def prepared(run: RunFolder) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(run.init / "prepared.json")
+    return found
+
+
+class TestFailures:
+    """Each hurts a run that would train for ever."""
+
+    def start(self, place: Place, *overrides: str) -> Command:
+        command = place.start("submit", "run.yaml", *ENDLESS, *overrides)
+        command.wait_for("step  ")
+        return command
+
+    def require_ended(self, place: Place, command: Command, code: ExitCode, mlflow_status: str) -> dict[str, Any]:
+        """The result.json of a command that has ended as it should."""
+        assert command.wait(END_TIMEOUT_S) == code, (command.out, command.err)
+        place.require_nothing_left(command.run)
+        assert place.mlflow_run(command.run).info.status == mlflow_status
+        result = read_json(command.run.attempts()[-1].result_json)
+        assert result["exit_code"] == code
+        return result
+
+    def test_a_killed_worker(self, place: Place, success: Command) -> None:
+        command = self.start(place)
+        assert "(from the cache)" in command.out
+        self.worker(command, rank=1).kill()
+        result = self.require_ended(place, command, ExitCode.INFRASTRUCTURE, "FAILED")
+        assert result["rank"] == 1
+        assert "infrastructure on rank 1: the worker process died" in command.err
+        assert Path(result["log"]).name == "rank-00001.log"
+
+    def worker(self, command: Command, rank: int) -> psutil.Process:
+        log = str(command.run.attempts()[-1].worker_log(rank))
+        for process in command.controller.children(recursive=True):
+            if any(os.path.realpath(link) == log for link in Path(f"/proc/{process.pid}/fd").iterdir()):
+                return process
+        raise AssertionError(f"no process writes {log}")
+
+    def test_an_error_on_one_rank_is_told_from_those_that_follow(self, place: Place, success: Command) -> None:
+        # One token of a sample that rank 1 trains on in step 2 becomes larger than the vocabulary.
+        path = Path(prepared(success.run)["train_path"])
+        _, indices = samples(GLOBAL_BATCH + MICRO_BATCH, 1, len(PackedDataset(path)), SEED)
+        sample = PackedDataset(path)[indices][0].astype(np.uint16)
+        content = path.read_bytes()
+        assert content.count(sample.tobytes()) == 1
+        broken = np.where(np.arange(MAX_SEQ_LENGTH) % (MAX_SEQ_LENGTH - 1) == 0, sample, 60_000).astype(np.uint16)
+        path.write_bytes(content.replace(sample.tobytes(), broken.tobytes()))
+        try:
+            command = place.start("submit", "run.yaml", *ENDLESS)
+            assert command.wait() == ExitCode.FAILED, (command.out, command.err)
+        finally:
+            path.write_bytes(content)
+        assert "failed on rank 1" in command.err and "index out of range" in command.err
+        assert "rank-00001.log" in command.err and "rank 0" not in command.err
+        self.require_ended(place, command, ExitCode.FAILED, "FAILED")
+
+    def test_ctrl_c_while_training(self, place: Place, success: Command) -> None:
+        command = self.start(place)
+        other = place.start("resume", command.run.run_id)
+        assert other.wait() == ExitCode.BAD_INPUT
+        assert f"is being trained by process {command.controller.pid} on" in other.err
+        command.process.send_signal(signal.SIGINT)
+        self.require_ended(place, command, ExitCode.CANCELLED, "KILLED")
+        assert "cancelled: stopped on request" in command.err
+
+    @pytest.mark.parametrize(("moment", "number"), [("run ", signal.SIGINT), ("preparing data", signal.SIGTERM)])
+    def test_a_signal_while_starting(self, place: Place, success: Command, moment: str, number: signal.Signals) -> None:
+        command = place.start("submit", "run.yaml")
+        command.wait_for(moment)
+        command.process.send_signal(number)
+        assert command.wait(END_TIMEOUT_S) == ExitCode.CANCELLED, (command.out, command.err)
+        place.require_nothing_left(command.run)
+        assert "cancelled: stopped on request" in command.err
+        assert "starting 2 workers" not in command.out and not place.mlflow_runs(command.run)
+
+    def test_the_command_is_killed(self, place: Place, success: Command) -> None:
+        command = self.start(place)
+        command.process.kill()
+        command.process.wait()
+        wait_until(lambda: not place.processes(), END_TIMEOUT_S, "the end of the controller")
+        result = read_json(command.run.attempts()[-1].result_json)
+        assert result["exit_code"] == ExitCode.CANCELLED
+        assert place.mlflow_run(command.run).info.status == "KILLED"
+        place.require_nothing_left(command.run)
+
+    def test_the_controller_is_killed(self, place: Place, success: Command) -> None:
+        command = self.start(place)
+        command.controller.kill()
+        assert command.wait(END_TIMEOUT_S) == ExitCode.INFRASTRUCTURE, (command.out, command.err)
+        assert "the controller ended without a result (killed by SIGKILL)" in command.err
+        place.require_nothing_left(command.run)
+        assert read_json(command.run.attempts()[-1].result_json)["exit_code"] == ExitCode.INFRASTRUCTURE
