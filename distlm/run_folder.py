@@ -58,11 +58,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if there is no such file."""
+    """The content of a JSON file, or None if there is no such file. Raises InputError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def write_yaml(path: Path, data: Any) -> None:
@@ -70,7 +72,11 @@ def write_yaml(path: Path, data: Any) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    """The content of a YAML file that was written here. Raises InputError if it is missing or damaged."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from None
 
 
 @dataclass(frozen=True)

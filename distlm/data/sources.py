@@ -104,6 +104,8 @@ def _find_text_files(source: FilesSource) -> tuple[list[Path], list[Problem]]:
             files.update(dict.fromkeys(_match(name)))
         except InputError as error:
             problems.extend(error.problems)
+        except OSError as error:
+            problems.append(Problem(f"cannot be looked up: {error.strerror}", value=name))
     return list(files), problems
 
 
@@ -126,6 +128,8 @@ def _match(name: str) -> list[Path]:
     unsupported = [file for file in matches if file.suffix.lower() not in _READERS]
     if unsupported:
         raise InputError(*(Problem(f"unsupported suffix; use one of {_SUFFIXES}", value=str(f)) for f in unsupported))
+    if special := [file for file in matches if file.exists() and not file.is_file()]:
+        raise InputError(*(Problem("not a regular file", value=str(f)) for f in special))
     return matches
 
 

@@ -29,7 +29,8 @@ def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:
 
 def sync_run(run: RunFolder) -> str:
     """Send everything that is missing; says what was sent. Raises DistlmError where that is not possible."""
-    attempts = run.attempts()
+    if not (attempts := run.attempts()):
+        raise InputError(f"run {run.run_id} has no attempt yet, so there is nothing to send")
     config = load_attempt(run, attempts[-1]).config
     if "mlflow" not in config.tracking.report_to:
         raise InputError("tracking.report_to of this run does not name mlflow, so there is nothing to send")

@@ -29,7 +29,7 @@ def learning_rate_schedule(config: RunConfig, total_steps: int) -> Callable[[int
         )
         (factor,) = scheduler.lr_lambdas
         factor(0), factor(total_steps)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
             Problem(
                 f"{training.lr_scheduler_type}: {error}",

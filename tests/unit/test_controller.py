@@ -16,7 +16,16 @@ from distlm.controller.policy import Outcome, StopAtFirstFailure
 from distlm.controller.progress import Progress, format_duration
 from distlm.controller.trainer import first_failure
 from distlm.errors import ExitCode, InputError
-from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json, run_created_s, write_json
+from distlm.run_folder import (
+    AttemptFolder,
+    RunFolder,
+    lease,
+    new_run_id,
+    read_json,
+    read_yaml,
+    run_created_s,
+    write_json,
+)
 
 
 class WorkerGroupError(Exception):
@@ -140,3 +149,12 @@ def test_the_result_names_rank_host_cause_and_log(tmp_path: Path) -> None:
 
 def test_a_run_id_tells_when_the_run_was_made() -> None:
     assert abs(run_created_s(new_run_id()) - time.time()) < 5
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    run, attempt = make_run(tmp_path)
+    attempt.result_json.write_text("{")
+    with pytest.raises(InputError, match=r"result\.json is damaged"):
+        read_json(attempt.result_json)
+    with pytest.raises(InputError, match=r"run\.yaml is missing"):
+        read_yaml(run.run_yaml)

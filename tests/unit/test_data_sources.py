@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -252,3 +253,11 @@ def test_unknown_package_is_named_with_the_nearest() -> None:
     assert [p.value for p in check_source(source)] == ["jsn"]
     assert "no such package is installed" in problem(source)
     assert "did you mean 'json'?" in problem(source)
+
+
+def test_names_that_are_no_files_are_problems_and_never_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    source = Files([str(tmp_path / "pipe.jsonl"), "x" * 300 + ".txt"])
+    pipe, long_name = check_source(source)
+    assert pipe.message == "not a regular file"
+    assert "too long" in long_name.message
