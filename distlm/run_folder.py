@@ -32,6 +32,9 @@ import yaml
 
 from distlm.errors import InputError
 
+LIVENESS_FD = "DISTLM_LIVENESS_FD"
+"""Environment variable: a pipe's file descriptor that the CLI holds open for as long as it lives."""
+
 
 def new_run_id() -> str:
     """UTC time and 6 random characters, such as 20260131-235959-3fa9c1: unique, and sorts by time."""

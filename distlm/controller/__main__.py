@@ -26,10 +26,7 @@ from distlm.config.load import locate
 from distlm.controller.policy import Outcome
 from distlm.controller.progress import Progress
 from distlm.errors import DistlmError, ExitCode, InputError, Problem
-from distlm.run_folder import AttemptFolder, RunFolder, lease, read_json, write_json
-
-LIVENESS_FD = "DISTLM_LIVENESS_FD"
-"""Environment variable: a pipe's file descriptor that the CLI holds open for as long as it lives."""
+from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, lease, read_json, write_json
 
 
 def main(arguments: list[str]) -> int:

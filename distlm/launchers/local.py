@@ -22,9 +22,8 @@ from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
 from distlm.errors import Cancelled, ExitCode, InfrastructureError, Problem
 from distlm.launchers.base import Request
-from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
+from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, read_json, write_json
 
-LIVENESS_FD = "DISTLM_LIVENESS_FD"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WORKER_GIB = 0.5
 

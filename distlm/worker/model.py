@@ -167,10 +167,7 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
             raise InputError(Problem(message, "model.attn_implementation", attn)) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
         raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    os.replace(temporary, folder)
+    _save_whole(model, folder)
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -215,6 +212,11 @@ def export_model(initial: Path, parameters: dict[str, torch.Tensor], folder: Pat
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
+    _save_whole(model, folder)
+
+
+def _save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's folder so that it appears complete or not at all; one of before is replaced."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
