@@ -15,6 +15,7 @@ from distlm.errors import Problem
 
 MAY_CHANGE_ON_RESUME = (
     "resources.",
+    "deepspeed.",
     "tracking.",
     "runs_dir",
     "env",
@@ -22,6 +23,9 @@ MAY_CHANGE_ON_RESUME = (
     "training.num_train_epochs",
     "training.save_steps",
     "training.save_total_limit",
+    "training.metric_for_best_model",
+    "training.async_save",
+    "training.on_save_error",
     "training.eval_steps",
     "training.max_eval_samples",
     "training.per_device_eval_batch_size",
@@ -29,8 +33,8 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
 
-NOT_SEMANTICS = ("name", "resources.", "tracking.", "runs_dir", "env")
-"""Keys that say where a run happens and what it is called, not what is trained."""
+NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "runs_dir", "env")
+"""Keys that say where and how a run is computed and what it is called, not what is trained."""
 
 # BertConfig's keys as of transformers 5.23, so that a typo is found without importing transformers; a test holds them
 # equal. Other architectures are checked against their own class by the controller's preflight.

@@ -165,14 +165,22 @@ class TrainingConfig(Section):
     save_steps: PositiveInt | None = 500
     """Steps between two checkpoints; null: at the end only. One is always saved at the end."""
     save_total_limit: PositiveInt | None = 2
-    """Checkpoints to keep, newest first; null: all."""
+    """Checkpoints to keep, newest first; null: all. The best one by `metric_for_best_model` is kept beside them."""
+    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
+    """Metric of the evaluation that tells the best checkpoint, among those whose step was evaluated."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy of the state in host memory (12 bytes per parameter, divided by
+    the workers); false: training waits until each is written."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be saved (full disk, no permission): fail the run at once, or warn and try again at the
+    next `save_steps`. Earlier checkpoints stay; without one at the end the run fails in any case."""
 
 
 class DeepSpeedSettings(Section):
     """What is sharded over the workers, by Accelerate's names."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """0: nothing is sharded; 1: optimizer state; 2: and gradients; 3: and weights."""
+    """0: nothing is sharded; 1: optimizer state; 2: and gradients; 3: and weights. May change on resume."""
     offload_optimizer_device: Literal["none", "cpu"] = "none"
     """Where optimizer state lives; `cpu` needs stage 1 or higher and a C++ compiler."""
     offload_param_device: Literal["none", "cpu"] = "none"

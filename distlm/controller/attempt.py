@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
@@ -26,7 +27,6 @@ from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import Cancelled, DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
-from distlm.worker.checkpoint_format import latest_good, list_checkpoints
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
@@ -103,7 +103,7 @@ class AttemptController:
         return prepared
 
     def _refuse_fewer_steps(self, prepared: Prepared) -> None:
-        done = max((checkpoint.step for checkpoint in list_checkpoints(self.run.checkpoints)), default=0)
+        done = max((checkpoint.step for checkpoint in CheckpointStore(self.run.checkpoints).checkpoints()), default=0)
         if done > prepared.total_steps:
             message = f"the run has {done} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
@@ -137,7 +137,7 @@ class AttemptController:
     def _train_once(self, recorder: Recorder, cluster: Cluster, prepared: Prepared, number: int) -> Outcome:
         import ray
 
-        checkpoint, skipped = latest_good(self.run.checkpoints)
+        checkpoint, skipped = CheckpointStore(self.run.checkpoints).latest_good()
         for reason in skipped:
             self.progress.say(f"warning: a checkpoint is not used: {reason}")
         step = checkpoint.step if checkpoint else 0
@@ -156,6 +156,7 @@ class AttemptController:
             device=cluster.device,
             cpus_per_worker=cluster.cpus_per_worker,
             checkpoint=str(checkpoint.path) if checkpoint else None,
+            checkpoint_step=step,
             mailbox=mailbox,
         )
         incarnation = Incarnation(self.config, cluster, self.folder, arguments)
@@ -180,6 +181,8 @@ class AttemptController:
                 self.failures.append(message)
             elif message["kind"] == "metrics":
                 self.progress.metrics(message["step"], message["values"])
+            elif message.get("event") == "warning":
+                self.progress.say(f"warning: {message['message']}")
 
     # --- after training ----------------------------------------------------------------------------------------------
 

@@ -76,8 +76,9 @@ def _write_probe(folder: str, name: str) -> str:
 
 
 def check_free_space(config: RunConfig, run: RunFolder, num_parameters: int) -> None:
-    """Raise InputError if the checkpoints that are kept, and the one being written, do not fit."""
-    kept = (config.training.save_total_limit or 1) + 1
+    """Raise InputError if the checkpoints that are kept (the best one beside the newest), and the one being written, do
+    not fit."""
+    kept = (config.training.save_total_limit or 1) + bool(config.training.eval_steps) + 1
     needed = num_parameters * (_BYTES_PER_PARAMETER * kept + 4)
     free = shutil.disk_usage(run.path).free
     if needed > free:

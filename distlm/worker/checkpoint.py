@@ -1,40 +1,44 @@
-"""Save and load the training state of a DeepSpeed engine; see checkpoint_format.py for the files.
+"""Save and load the training state of a DeepSpeed engine; `distlm.checkpoint` says what the files are.
 
 Each rank writes what it holds, without a gather, and reads the ranges it needs: the world size and the ZeRO stage may
 differ between the two. The random state is not part of it: dropout is seeded by (seed, step, micro batch), and the
 order of the data follows from the sample position in `progress`.
+
+    saver = CheckpointSaver(engine, store, seed=seed)     # collective
+    after a step:  saver.save(step, progress)             # copies the state to memory; a thread writes and commits it
+    at each step:  saver.has_failed                       # this rank's view; have the ranks agree before acting on it
+    at the end:    saver.wait()
 """
 
 from __future__ import annotations
 
-import math
-import os
 import secrets
-import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 
+from distlm.checkpoint.manifest import (
+    KINDS,
+    Fragment,
+    Manifest,
+    Optimizer,
+    Parameter,
+    Progress,
+    Shard,
+)
+from distlm.checkpoint.reader import CheckpointReader
+from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.errors import CheckpointError
 from distlm.worker import zero_state
-from distlm.worker.checkpoint_format import (
-    Manifest,
-    Range,
-    Shard,
-    begin,
-    commit,
-    file_sha256,
-    read_manifest,
-    shard_name,
-)
-from distlm.worker.zero_state import Fragment
+from distlm.worker.zero_state import HeldFragment
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -42,77 +46,251 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path, step: int, progress: dict[str, Any], *, seed: int) -> Path:
-    """Write `folder`/step-NNNNNNNN and return its path. Collective; call it between steps.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept after a commit: the newest `save_total_limit` (None: all) and the best one."""
 
-    The checkpoint appears whole or not at all, and one of the same step is replaced. Earlier ones are not touched.
+    save_total_limit: int | None = None
+    metric: str = "eval/loss"
+    greater_is_better: bool = False
 
-    Args:
-        folder: the run's checkpoints/, on storage that all ranks share.
-        progress: where training continues, JSON data (such as epoch and sample position); given back by a load.
 
-    Raises:
-        CheckpointError: on every rank, naming the ranks that failed, the file and the cause.
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint. `blocked_s`: how long training stood still for it; `total_s`: until it was committed."""
+
+    checkpoint: Checkpoint
+    size_bytes: int
+    blocked_s: float
+    total_s: float
+    warning: str = ""
+    """What went wrong after the commit, in deleting old ones; empty: nothing."""
+
+
+@dataclass
+class _Job:
+    """One save on one rank."""
+
+    step: int
+    manifest: Callable[..., Manifest] | None = None
+    """Makes the manifest once the shards are known."""
+    fragments: list[Fragment] = field(default_factory=list)
+    content: Any = ()
+    """The bytes of this rank's shard, an iterable of memoryviews."""
+    error: CheckpointError | None = None
+    started: float = field(default_factory=time.monotonic)
+    blocked_s: float = 0.0
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one engine, one at a time. Making it, `save` and `wait` are collective.
+
+    With `asynchronous`, a save copies the state into one buffer in host memory (12 bytes per parameter, divided by the
+    number of ranks), allocated here once; a thread does the rest while training goes on. Without it, a save needs no
+    buffer and returns when the checkpoint is committed.
+
+    The ranks agree on the end of each save through a process group of their own, so that the thread's messages never
+    meet those of the training.
     """
-    rank = torch.distributed.get_rank()
 
-    def begin_on_rank_0() -> Path | None:
-        return begin(folder, step, secrets.token_hex(4)) if rank == 0 else None
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        store: CheckpointStore,
+        *,
+        seed: int,
+        asynchronous: bool = True,
+        retention: Retention | None = None,
+        on_committed: Callable[[Saved], None] = lambda saved: None,
+    ) -> None:
+        """`on_committed` is called on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
+        self._engine, self._store, self._seed = engine, store, seed
+        self._retention = retention or Retention()
+        self._on_committed = on_committed
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")
+        self._parameters = [Parameter(name=n, shape=shape) for n, shape in zero_state.trainable_shapes(engine).items()]
+        self._token: str = self._broadcast(_outcome(self._begin) if self._rank == 0 else None)
+        self._buffer = self._allocate_buffer() if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
 
-    temporary = _on_all_ranks(begin_on_rank_0)[0]
-    assert temporary is not None
+    def _begin(self) -> str:
+        self._store.clean()
+        return secrets.token_hex(4)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the last save failed; `wait` then raises on every rank."""
+        return self._error is not None
+
+    def save(self, step: int, progress: Progress, metrics: dict[str, float] | None = None) -> None:
+        """Save the state after `step`. Waits for the save before, and raises its error; the new one is then not begun.
+
+        Args:
+            metrics: the evaluation at this step.
+
+        Raises:
+            CheckpointError: on every rank, naming the ranks that failed, the file and the cause. Without
+                `asynchronous` the error is that of this save.
+        """
+        self.wait()
+        job = _Job(step)
+        try:
+            held = list(_fragments_to_write(self._engine))
+            numbers = {parameter.name: number for number, parameter in enumerate(self._parameters)}
+            job.fragments = [Fragment(numbers[part.name], part.start, part.numel) for part in held]
+            job.manifest = self._manifest_maker(step, progress, metrics or {})
+            job.content = self._snapshot(held) if self._buffer is not None else _live_content(held)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            job.error = _as_checkpoint_error(error)
+        job.blocked_s = time.monotonic() - job.started
+        if self._buffer is not None:
+            self._thread = threading.Thread(target=self._write_and_commit, args=(job,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write_and_commit(job)
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is under way. Raises CheckpointError, on every rank, if the last one failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def join(self, timeout_s: float) -> None:
+        """Give a save under way that long to end, whatever its end is. Not collective: for a rank that gives up."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    # --- copying -----------------------------------------------------------------------------------------------------
+
+    def _allocate_buffer(self) -> Tensor:
+        numel = sum(fragment.numel for fragment in _fragments_to_write(self._engine))
+        # Filled, so that the operating system hands out the memory now and not in the first save.
+        return torch.zeros((len(KINDS), numel), pin_memory=self._engine.device.type == "cuda")
+
+    def _snapshot(self, held: list[HeldFragment]) -> list[memoryview]:
+        assert self._buffer is not None
+        for row, kind in zip(self._buffer, KINDS, strict=True):
+            parts = row.split([fragment.numel for fragment in held])
+            for part, fragment in zip(parts, held, strict=True):
+                part.copy_(fragment.tensors[kind], non_blocking=True)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return [_bytes(self._buffer)] if self._buffer.numel() else []
+
+    def _manifest_maker(self, step: int, progress: Progress, metrics: dict[str, float]) -> Callable[..., Manifest]:
+        """The manifest but for its shards, taken now: the engine trains on while they are written."""
+        engine = self._engine
+        precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.torch_autocast_enabled() else "no"
+        return partial(
+            Manifest,
+            step=step,
+            progress=progress,
+            seed=self._seed,
+            world_size=self._world_size,
+            zero_stage=zero_state.actual_zero_stage(engine),
+            mixed_precision=precision,
+            versions={package: version(package) for package in ("torch", "deepspeed", "accelerate", "transformers")},
+            metrics=metrics,
+            parameters=self._parameters,
+            optimizer=Optimizer(
+                adam_step=zero_state.adam_step(engine),
+                groups=zero_state.hyper_parameters(engine),
+                loss_scaler=zero_state.loss_scaler_state(engine),
+            ),
+        )
+
+    # --- writing (in the thread) -------------------------------------------------------------------------------------
+
+    def _write_and_commit(self, job: _Job) -> None:
+        """Write this rank's shard; when all have, rank 0 commits; all learn how it ended."""
+        temporary = self._store.temporary(job.step, self._token)
+        try:
+            outcomes = self._gather(_outcome(lambda: self._write_shard(job)))
+            result: tuple[Any, str] | None = None
+            if outcomes is not None:
+                failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+                shards = dict(shard for shard, _ in outcomes if shard)
+                result = (None, "; ".join(failures)) if failures else _outcome(lambda: self._commit(job, shards))
+                if result[1]:
+                    self._store.discard(temporary)
+            self._broadcast(result)
+        except Exception as error:  # noqa: BLE001 - told by the next `wait`
+            self._error = _as_checkpoint_error(error)
+
+    def _write_shard(self, job: _Job) -> tuple[str, Shard]:
+        if job.error is not None:
+            raise job.error
+        return self._store.write_shard(
+            self._store.temporary(job.step, self._token),
+            self._rank,
+            self._world_size,
+            self._parameters,
+            job.fragments,
+            job.content,
+        )
+
+    def _commit(self, job: _Job, shards: dict[str, Shard]) -> None:
+        assert job.manifest is not None
+        manifest = job.manifest(shards=shards)
+        checkpoint = self._store.commit(self._store.temporary(job.step, self._token), manifest)
+        total_s = time.monotonic() - job.started
+        warning = self._prune()
+        blocked_s = job.blocked_s if self._buffer is not None else total_s
+        self._on_committed(Saved(checkpoint, manifest.size_bytes, blocked_s, total_s, warning))
+
+    def _prune(self) -> str:
+        """Delete what is not kept. The new checkpoint stands, so a failure is no failure of the save: returns it."""
+        kept = self._retention
+        if kept.save_total_limit is None:
+            return ""
+        try:
+            self._store.prune(kept.save_total_limit, self._store.best(kept.metric, kept.greater_is_better))
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return ""
+
+    # --- agreeing ----------------------------------------------------------------------------------------------------
+
+    def _gather(self, outcome: tuple[Any, str]) -> list[Any] | None:
+        """Every rank's outcome, on rank 0 alone: the shards' fragments are many."""
+        outcomes = [None] * self._world_size if self._rank == 0 else None
+        dist.gather_object(outcome, outcomes, dst=0, group=self._group)
+        return outcomes
+
+    def _broadcast(self, outcome: tuple[Any, str] | None) -> Any:
+        """Rank 0's result, on every rank. Raises CheckpointError everywhere if it has an error instead."""
+        box: list[Any] = [outcome]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        result, error = box[0]
+        if error:
+            raise CheckpointError(error)
+        return result
+
+
+def _outcome(action: Callable[[], T]) -> tuple[T | None, str]:
+    """(result, "") or (None, error), so that it can be told to other ranks before anybody gives up."""
     try:
-        shards = _on_all_ranks(lambda: _write_shard(engine, temporary))
-        return _on_all_ranks(
-            lambda: commit(temporary, _manifest(engine, step, progress, seed, dict(shards))) if rank == 0 else temporary
-        )[0]
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _on_all_ranks(action: Callable[[], T]) -> list[T]:
-    """Do `action` on each rank and return every rank's result, on every rank. If one fails, all raise CheckpointError.
-
-    The outcomes are exchanged before anything else happens, so no rank waits for one that gave up.
-    """
-    outcome: tuple[T | None, str]
-    try:
-        outcome = action(), ""
+        return action(), ""
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-        outcome = None, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, outcome)
-    failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-    if failures:
-        raise CheckpointError("; ".join(failures))
-    return [result for result, _ in outcomes]
+        return None, str(_as_checkpoint_error(error))
 
 
-def _write_shard(engine: DeepSpeedEngine, folder: Path) -> tuple[str, Shard]:
-    tensors = {
-        Range(fragment.name, kind, fragment.start, fragment.numel): tensor.to("cpu", copy=True)
-        for fragment in _fragments_to_write(engine)
-        for kind, tensor in fragment.tensors.items()
-    }
-    name = shard_name(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    path = folder / name
-    try:
-        save_file({r.tensor_name: tensor for r, tensor in tensors.items()}, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        return name, Shard(path.stat().st_size, file_sha256(path), list(tensors))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+def _as_checkpoint_error(error: Exception) -> CheckpointError:
+    return error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}")
 
 
-def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
     """This rank's share: what it holds, or at stage 0, where all hold everything, an equal slice of it."""
     if zero_state.actual_zero_stage(engine) != 0:
         yield from zero_state.fragments(engine)
         return
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     total = sum(fragment.numel for fragment in zero_state.fragments(engine))
     slice_start, slice_end = total * rank // world_size, total * (rank + 1) // world_size
     position = 0
@@ -120,111 +298,72 @@ def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[Fragment]:
         start = max(slice_start - position, 0)
         end = min(slice_end - position, fragment.numel)
         if start < end:
-            yield Fragment(fragment.name, start, {k: t[start:end] for k, t in fragment.tensors.items()})
+            yield HeldFragment(
+                fragment.name, fragment.start + start, {k: t[start:end] for k, t in fragment.tensors.items()}
+            )
         position += fragment.numel
 
 
-def _manifest(
-    engine: DeepSpeedEngine, step: int, progress: dict[str, Any], seed: int, shards: dict[str, Shard]
-) -> Manifest:
-    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.torch_autocast_enabled() else "no"
-    return Manifest(
-        step=step,
-        progress=progress,
-        seed=seed,
-        world_size=torch.distributed.get_world_size(),
-        zero_stage=zero_state.actual_zero_stage(engine),
-        mixed_precision=precision,
-        versions={package: version(package) for package in ("torch", "deepspeed", "accelerate", "transformers")},
-        parameters={name: {"shape": shape} for name, shape in zero_state.trainable_shapes(engine).items()},
-        optimizer={
-            "adam_step": zero_state.adam_step(engine),
-            "groups": zero_state.hyper_parameters(engine),
-            "loss_scaler": zero_state.loss_scaler_state(engine),
-        },
-        shards=shards,
-    )
+def _live_content(held: list[HeldFragment]) -> Iterator[memoryview]:
+    for kind in KINDS:
+        for fragment in held:
+            yield _bytes(fragment.tensors[kind].cpu())
 
 
-def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> Manifest:
-    """Restore weights, Adam moments and step counts from `path`, written at any world size and stage. Collective.
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
 
-    Reads the manifest and the ranges needed, and no hashes: choose `path` with `checkpoint_format.latest_good`.
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: int) -> Manifest:
+    """Restore weights, Adam moments and step counts of a checkpoint written at any world size and stage. Collective.
+
+    Reads the manifest and the ranges needed, and no hashes: choose it with `CheckpointStore.latest_good`.
     Hyper-parameters are not restored, because the run's config decides them.
 
     Raises:
-        CheckpointError: on every rank. The engine's state is then undefined.
+        CheckpointError: on every rank, also if the checkpoint is of another model or seed. The engine's state is then
+            undefined.
     """
-    manifest = _on_all_ranks(lambda: _load_local(engine, path))[0]
+    manifest, error = _outcome(lambda: _load_local(engine, checkpoint, seed))
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        raise CheckpointError("; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error))
+    assert manifest is not None
     zero_state.publish_weights(engine)
     engine.global_steps = manifest.step
     engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()
     return manifest
 
 
-def _load_local(engine: DeepSpeedEngine, path: Path) -> Manifest:
-    manifest = read_manifest(path)
-    saved = {name: parameter["shape"] for name, parameter in manifest.parameters.items()}
-    wanted = zero_state.trainable_shapes(engine)
-    if saved != wanted:
-        differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        name = differing[0]
-        raise CheckpointError(
-            f"{path} is of another model: {len(differing)} trainable parameters differ, the first is {name} with shape"
-            f" {saved.get(name, 'none')} in the checkpoint and {wanted.get(name, 'none')} in the model"
-        )
-    zero_state.start_adam(engine, manifest.optimizer["adam_step"])
-    zero_state.set_loss_scaler_state(engine, manifest.optimizer["loss_scaler"])
-    with ShardReader(path, manifest) as reader:
-        for fragment in zero_state.fragments(engine):
-            for kind, tensor in fragment.tensors.items():
-                reader.read_into(tensor, fragment.name, kind, fragment.start)
+def _load_local(engine: DeepSpeedEngine, checkpoint: Checkpoint, seed: int) -> Manifest:
+    manifest = CheckpointStore(checkpoint.path.parent).manifest(checkpoint)
+    _require_same_model(checkpoint, manifest.shapes, zero_state.trainable_shapes(engine))
+    if manifest.seed != seed:
+        raise CheckpointError(f"{checkpoint.path} is of a run with seed {manifest.seed}, and this one has {seed}")
+    reader = CheckpointReader(checkpoint, manifest)
+    zero_state.start_adam(engine, manifest.optimizer.adam_step)
+    zero_state.set_loss_scaler_state(engine, manifest.optimizer.loss_scaler)
+    for fragment in zero_state.fragments(engine):
+        for kind in KINDS:
+            _read_into(reader, fragment, kind)
     return manifest
 
 
-def read_parameters(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 weight in its full shape) of each trainable parameter, one at a time; needs no process group."""
-    manifest = read_manifest(path)
-    with ShardReader(path, manifest) as reader:
-        for name, parameter in manifest.parameters.items():
-            weight = torch.empty(math.prod(parameter["shape"]))
-            reader.read_into(weight, name, "weight", 0)
-            yield name, weight.view(parameter["shape"])
+def _read_into(reader: CheckpointReader, fragment: HeldFragment, kind: str) -> None:
+    live = fragment.tensors[kind]
+    staging = live if live.device.type == "cpu" else torch.empty_like(live, device="cpu")
+    reader.read_into(_bytes(staging), fragment.name, kind, fragment.start)
+    if staging is not live:
+        live.copy_(staging)
 
 
-class ShardReader(ExitStack):
-    """Reads any range of any parameter out of the shards that hold parts of it. Opens each file once."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        super().__init__()
-        self._path = path
-        self._opened: dict[str, Any] = {}
-        self._ranges: dict[tuple[str, str], list[tuple[Range, str]]] = {}
-        for file, shard in manifest.shards.items():
-            for r in shard.ranges:
-                self._ranges.setdefault((r.name, r.kind), []).append((r, file))
-
-    def read_into(self, destination: Tensor, name: str, kind: str, start: int) -> None:
-        """Fill flat `destination` with the elements start.. of a parameter.
-
-        Raises:
-            CheckpointError: the shards do not hold all of them, or a file cannot be read.
-        """
-        end = start + destination.numel()
-        found = 0
-        for r, file in self._ranges.get((name, kind), []):
-            low, high = max(start, r.start), min(end, r.start + r.numel)
-            if low < high:
-                try:
-                    part = self._open(file).get_slice(r.tensor_name)[low - r.start : high - r.start]
-                except (OSError, SafetensorError) as error:
-                    raise CheckpointError(f"cannot read {self._path / file}: {error}") from error
-                destination[low - start : high - start].copy_(part)
-                found += high - low
-        if found != destination.numel():
-            raise CheckpointError(f"{self._path} holds {found} of elements {start}..{end} of {kind} of {name}")
-
-    def _open(self, file: str) -> Any:
-        if file not in self._opened:
-            self._opened[file] = self.enter_context(safe_open(self._path / file, framework="pt"))
-        return self._opened[file]
+def _require_same_model(checkpoint: Checkpoint, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model: {len(differing)} trainable parameters differ, the first is {name}"
+            f" with shape {saved.get(name, 'none')} in the checkpoint and {wanted.get(name, 'none')} in the model"
+        )

@@ -28,6 +28,8 @@ class WorkerArguments:
     device: str
     cpus_per_worker: int
     checkpoint: str | None
+    """Folder of the state to continue from."""
+    checkpoint_step: int
     mailbox: Any
     """Handle of the recorder's actor."""
 
@@ -72,6 +74,7 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
     import torch
 
     torch.set_num_threads(told.cpus_per_worker)
+    from distlm.checkpoint.store import Checkpoint
     from distlm.config.attempt import load_attempt
     from distlm.run_folder import read_json
     from distlm.tracking.records import Record, now_ms
@@ -93,8 +96,9 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
         prepared=Prepared(**read_json(run.init / "prepared.json")),
         run=run,
         device=told.device,
-        checkpoint=Path(told.checkpoint) if told.checkpoint else None,
+        checkpoint=Checkpoint(told.checkpoint_step, Path(told.checkpoint)) if told.checkpoint else None,
         report=report,
+        warn=lambda message: push({"kind": "event", "event": "warning", "message": message}),
     )
     with ExitStack() as scope:
         if monitored_node is not None:

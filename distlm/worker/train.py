@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distlm.checkpoint.manifest import Progress
+from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.resolve import batch_plan
-from distlm.config.schema import RunConfig
+from distlm.config.schema import RunConfig, TrainingConfig
 from distlm.data.order import permute, samples
 from distlm.data.pack import PackedDataset
-from distlm.errors import NonFiniteLossError
+from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
 from distlm.tasks import Batch, Task, make_task
 from distlm.worker.attest import Expected, attest, gather_facts
-from distlm.worker.checkpoint import load_checkpoint, save_checkpoint
-from distlm.worker.checkpoint_format import prune
+from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
 from distlm.worker.engine import (
     EngineSettings,
     build_optimizer,
@@ -44,6 +44,8 @@ from distlm.worker.model import load_model
 from distlm.worker.prepare import Prepared
 from distlm.worker.schedule import learning_rate_schedule
 
+_LAST_SAVE_TIMEOUT_S = 60.0
+
 
 @dataclass(frozen=True)
 class WorkerContext:
@@ -54,18 +56,27 @@ class WorkerContext:
     run: RunFolder
     device: str
     """cpu or cuda."""
-    checkpoint: Path | None
+    checkpoint: Checkpoint | None
     """Committed state to continue from; None: the initial weights."""
     report: Callable[[int, dict[str, float]], None]
     """report(step, values) hands metrics to the recorder without waiting. Called on rank 0 only."""
+    warn: Callable[[str], None]
+    """Tells the user something in one line. Called on rank 0 only."""
 
 
 def train(context: WorkerContext) -> None:
     """Train from the given state to the last step, reporting, evaluating and saving on the way. Collective."""
     worker = Worker(context)
     worker.attest()
-    config, last_step = context.config.training, context.prepared.total_steps
+    try:
+        train_steps(worker, context.config.training, context.prepared.total_steps)
+    except Exception:
+        worker.saver.join(_LAST_SAVE_TIMEOUT_S)  # steps that are on their way to the disk need not be lost
+        raise
 
+
+def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
+    """The loop."""
     for step in range(worker.first_step, last_step + 1):
         worker.train_step(step)
         if is_due(step, config.logging_steps, last_step) or step == 1:
@@ -75,6 +86,7 @@ def train(context: WorkerContext) -> None:
                 worker.evaluate(step)
             if is_due(step, config.save_steps, last_step):
                 worker.save(step)
+    worker.finish_save(last_step, at_the_end=True)
 
 
 def is_due(step: int, interval: int | None, last_step: int) -> bool:
@@ -116,7 +128,21 @@ class Worker:
         self.engine = prepare(self.accelerator, model, optimizer)
         self.first_step = 1
         if context.checkpoint is not None:
-            self.first_step = load_checkpoint(self.engine, context.checkpoint).step + 1
+            self.first_step = load_checkpoint(self.engine, context.checkpoint, seed=config.seed).step + 1
+        self.saver = CheckpointSaver(
+            self.engine,
+            CheckpointStore(context.run.checkpoints),
+            seed=config.seed,
+            asynchronous=config.training.async_save,
+            retention=Retention(
+                config.training.save_total_limit,
+                metric=f"eval/{config.training.metric_for_best_model}",
+                greater_is_better=config.training.metric_for_best_model != "loss",
+            ),
+            on_committed=self._report_saved,
+        )
+        self._evaluation: dict[str, float] = {}
+        self._evaluated_step = 0
 
         self.task: Task = make_task(config, prepared)
         self.train_data = PackedDataset(Path(prepared.train_path))
@@ -150,11 +176,18 @@ class Worker:
         self.timer.count(self.plan.global_batch * self.config.data.max_seq_length, self.plan.global_batch)
 
     def log(self, step: int) -> None:
-        """Report the metrics of the steps since the last call. Collective. Raises NonFiniteLossError."""
+        """Report the metrics of the steps since the last call. Collective.
+
+        Raises:
+            NonFiniteLossError: the loss is not a number.
+            CheckpointError: a save has failed in the meantime, and the config says to stop then.
+        """
         values = self._training_metrics(step)
         if self.rank == 0:
             self.context.report(step, values)
         self._require_finite(values["train/loss"], step)
+        if self._sum_over_workers(int(self.saver.has_failed)):  # here, where the workers meet on the host anyway
+            self.finish_save(step)
 
     def evaluate(self, step: int) -> None:
         """Report loss, perplexity and accuracy on the held-out samples. Collective."""
@@ -169,26 +202,46 @@ class Worker:
         self.engine.train()
         loss_sum, correct, num_targets = self._sum_over_workers(sums).tolist()
         loss = loss_sum / max(num_targets, 1.0)
+        self._evaluated_step, self._evaluation = (
+            step,
+            {
+                "eval/loss": loss,
+                "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
+                "eval/accuracy": correct / max(num_targets, 1.0),
+            },
+        )
         if self.rank == 0:
-            perplexity = math.exp(loss) if loss < 700 else math.inf
-            accuracy = correct / max(num_targets, 1.0)
-            self.context.report(step, {"eval/loss": loss, "eval/perplexity": perplexity, "eval/accuracy": accuracy})
+            self.context.report(step, self._evaluation)
         self._require_finite(loss, step)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint and remove the oldest beyond the limit. Collective. Never saves a broken state."""
+        """Begin to save a checkpoint. Collective. Never saves a broken state."""
         self._require_finite(float(self._sum_over_workers(self._loss_sum.clone())), step)
-        started = time.monotonic()
-        folder = self.context.run.checkpoints
+        self.finish_save(step)
         position = step * self.plan.global_batch
-        epoch = position // self.prepared.num_train_samples
-        save_checkpoint(
-            self.engine, folder, step, progress={"sample_position": position, "epoch": epoch}, seed=self.config.seed
-        )
-        if self.rank == 0:
-            if self.config.training.save_total_limit:
-                prune(folder, self.config.training.save_total_limit)
-            self.context.report(step, {"time/checkpoint_s": time.monotonic() - started})
+        progress = Progress(sample_position=position, epoch=position // self.prepared.num_train_samples)
+        evaluation = self._evaluation if self._evaluated_step == step else {}
+        self.saver.save(step, progress, {k: v for k, v in evaluation.items() if math.isfinite(v)})
+
+    def finish_save(self, step: int, *, at_the_end: bool = False) -> None:
+        """Wait for the save under way. If it failed, stop or go on as the config says. Collective.
+
+        Raises:
+            CheckpointError: the save failed, and so does the run; at the end it does in any case.
+        """
+        try:
+            self.saver.wait()
+        except CheckpointError as error:
+            if self.config.training.on_save_error == "stop" or at_the_end:
+                raise CheckpointError(f"{error}; make room or mend the storage, then resume the run") from error
+            if self.rank == 0:
+                self.context.warn(f"a checkpoint was not saved, training goes on at step {step}: {error}")
+
+    def _report_saved(self, saved: Saved) -> None:
+        times = {"time/checkpoint_s": saved.total_s, "time/checkpoint_blocked_s": saved.blocked_s}
+        self.context.report(saved.checkpoint.step, times)
+        if saved.warning:
+            self.context.warn(saved.warning)
 
     # --- data --------------------------------------------------------------------------------------------------------
 

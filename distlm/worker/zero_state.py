@@ -34,7 +34,7 @@ PARTITIONED_STAGE_1_2 = "single_partition_of_fp32_groups"
 
 
 @dataclass(frozen=True)
-class Fragment:
+class HeldFragment:
     """Elements start.. of a flattened parameter that this rank holds. `tensors`: kind -> flat fp32 live view."""
 
     name: str
@@ -86,14 +86,14 @@ def trainable_shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
 
 
-def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def fragments(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
     """What this rank holds. At stage 0 that is every parameter whole, on each rank."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     stage = actual_zero_stage(engine)
     zero = engine.optimizer
     if stage == 0:
         for parameter in flat_weights(engine):
-            yield Fragment(names[id(parameter)], 0, {k: t.view(-1) for k, t in _tensors(engine, parameter).items()})
+            yield HeldFragment(names[id(parameter)], 0, {k: t.view(-1) for k, t in _tensors(engine, parameter).items()})
         return
     groups = _internal(zero, "fp16_groups" if stage == 3 else "bit16_groups")
     for parameters, flat in zip(groups, flat_weights(engine), strict=True):
@@ -102,7 +102,7 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
             start, offset, numel = _address_stage_3(zero, parameter) if stage == 3 else _address_stage_1_2(parameter)
             if numel > 0:
                 views = {kind: tensor.narrow(0, offset, numel) for kind, tensor in tensors.items()}
-                yield Fragment(names[id(parameter)], start, views)
+                yield HeldFragment(names[id(parameter)], start, views)
 
 
 def _address_stage_1_2(parameter: Tensor) -> tuple[int, int, int]:

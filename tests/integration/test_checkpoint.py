@@ -14,21 +14,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
+from saved_state import saved_state, saved_weights
 from tiny_training import WORLD_SIZE, fresh_engine, load_model, settings, train_step, write_initial_weights
 
+from distlm.checkpoint.manifest import Manifest, Progress
+from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.errors import CheckpointError
-from distlm.worker import checkpoint_format, zero_state
-from distlm.worker.checkpoint import load_checkpoint, read_parameters, save_checkpoint
-from distlm.worker.checkpoint_format import (
-    MANIFEST_NAME,
-    Range,
-    check_coverage,
-    latest_good,
-    list_checkpoints,
-    prune,
-    read_manifest,
-    verify,
-)
+from distlm.worker import zero_state
+from distlm.worker.checkpoint import CheckpointSaver, load_checkpoint
 
 STAGES = (0, 1, 2, 3)
 SEED = 17
@@ -44,8 +37,19 @@ def other_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_initial_weights(tmp_path_factory.mktemp("other_init"), seed=1, dropout=0.1)
 
 
-def save(engine: Any, folder: Path, step: int) -> Path:
-    return save_checkpoint(engine, folder, step, {"sample_position": 16 * step}, seed=SEED)
+def save(engine: Any, folder: Path, step: int) -> Checkpoint:
+    """Save in the foreground, with a saver of its own, and return the committed checkpoint."""
+    saver = CheckpointSaver(engine, CheckpointStore(folder), seed=SEED, asynchronous=False)
+    saver.save(step, Progress(sample_position=16 * step, epoch=0))
+    return checkpoint_at(folder, step)
+
+
+def checkpoint_at(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(step, folder / f"step-{step:08d}")
+
+
+def verify(checkpoint: Checkpoint) -> Manifest:
+    return CheckpointStore(checkpoint.path.parent).verify(checkpoint)
 
 
 def train_and_continue(folder: Path, init: Path, other_init: Path) -> dict[str, Any]:
@@ -59,13 +63,13 @@ def train_and_continue(folder: Path, init: Path, other_init: Path) -> dict[str, 
             save(engine, folder / name, 0)
             for step in range(3):
                 train_step(accelerator, engine, step)
-            path = save(engine, folder / name, 3)
+            checkpoint = save(engine, folder / name, 3)
             uninterrupted = [train_step(accelerator, engine, step) for step in (3, 4)]
             save(engine, folder / name, 5)
 
             accelerator, engine = fresh_engine(settings(stage, precision), other_init)
-            manifest = load_checkpoint(engine, path)
-            assert (manifest.step, manifest.progress, manifest.seed) == (3, {"sample_position": 48}, SEED)
+            manifest = load_checkpoint(engine, checkpoint, seed=SEED)
+            assert (manifest.step, manifest.progress.sample_position, manifest.seed) == (3, 48, SEED)
             continued = [train_step(accelerator, engine, step) for step in (3, 4)]
             save(engine, folder / f"{name}-continued", 5)
             losses[name] = uninterrupted, continued
@@ -92,14 +96,14 @@ def test_a_loaded_run_continues_bit_identically(trained: tuple[Path, Any], stage
     end, continued_end = folder / name / "step-00000005", folder / f"{name}-continued" / "step-00000005"
     assert state_files(end) == state_files(continued_end), "fp32 weights and both moments, every byte"
     assert state_files(end) != state_files(folder / name / "step-00000003")
-    manifest = verify(end)
+    manifest = verify(Checkpoint(5, end))
     assert (manifest.zero_stage, manifest.mixed_precision, manifest.world_size) == (stage, precision, WORLD_SIZE)
-    assert manifest.optimizer["adam_step"] == 5
+    assert manifest.optimizer.adam_step == 5
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_step_0_holds_the_initial_weights(trained: tuple[Path, Any], init: Path, stage: int) -> None:
-    saved = dict(read_parameters(trained[0] / f"no-{stage}" / "step-00000000"))
+    saved = saved_weights(trained[0] / f"no-{stage}" / "step-00000000")
     model = dict(load_model(init).named_parameters())
     assert saved.keys() == model.keys()
     assert all(torch.equal(saved[name], model[name]) for name in model)
@@ -112,10 +116,10 @@ def test_no_rank_holds_much_more_than_its_share(trained: tuple[Path, Any]) -> No
         assert max(sizes) < 1.2 * min(sizes)
 
 
-def load_into(path: Path, folder: Path, other_init: Path, world_size: int) -> None:
+def load_into(checkpoint: Checkpoint, folder: Path, other_init: Path, world_size: int) -> None:
     for stage in STAGES:
         _, engine = fresh_engine(settings(stage, world_size=world_size), other_init)
-        load_checkpoint(engine, path)
+        load_checkpoint(engine, checkpoint, seed=SEED)
         save(engine, folder / f"{stage}", 5)
 
 
@@ -123,27 +127,14 @@ def load_into(path: Path, folder: Path, other_init: Path, world_size: int) -> No
 def test_any_stage_and_world_size_reads_the_same_state(
     trained: tuple[Path, Any], tmp_path: Path, other_init: Path, world_size: int, written_at_stage: int
 ) -> None:
-    path = trained[0] / f"no-{written_at_stage}" / "step-00000005"
-    run_on_ranks(load_into, world_size, path, tmp_path, other_init, world_size)
+    checkpoint = checkpoint_at(trained[0] / f"no-{written_at_stage}", 5)
+    run_on_ranks(load_into, world_size, checkpoint, tmp_path, other_init, world_size)
+    written = saved_state(checkpoint.path)
     for stage in STAGES:
-        copy = tmp_path / f"{stage}" / "step-00000005"
+        copy = checkpoint_at(tmp_path / f"{stage}", 5)
         assert verify(copy).world_size == world_size
-        assert full_state(copy) == full_state(path)
-
-
-def full_state(path: Path) -> dict[tuple[str, str], bytes]:
-    """Every parameter's weight and moments, whole, as bytes."""
-    from safetensors.torch import load_file
-
-    manifest = read_manifest(path)
-    tensors: dict[str, Any] = {}
-    for file in manifest.shards:
-        tensors |= load_file(path / file)
-    whole: dict[tuple[str, str], bytes] = {}
-    for r in sorted(r for shard in manifest.shards.values() for r in shard.ranges):
-        part = tensors[r.tensor_name].numpy().tobytes()
-        whole[r.name, r.kind] = whole.get((r.name, r.kind), b"") + part
-    return whole
+        read = saved_state(copy.path)
+        assert read.keys() == written.keys() and all(torch.equal(read[key], written[key]) for key in read)
 
 
 @pytest.fixture
@@ -192,9 +183,9 @@ def edit_manifest(**changes: Any) -> Callable[[Path], None]:
         (flip_a_bit, "shard-00000-of-00002.safetensors was altered"),
         (remove_shard, "shard-00000-of-00002.safetensors cannot be read"),
         (remove_manifest, "it was never committed"),
-        (tear_manifest, "manifest.json cannot be used"),
+        (tear_manifest, "manifest.json is damaged"),
         (edit_manifest(step=4), "does not match its own SHA-256"),
-        (edit_manifest(format_version=2), "format_version is 2; this distlm reads 1"),
+        (edit_manifest(format_version=3), "manifest.json has format version 3, and this distlm reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_skipped(
@@ -202,56 +193,11 @@ def test_a_damaged_checkpoint_is_refused_and_skipped(
 ) -> None:
     damage(checkpoints / "step-00000005")
     with pytest.raises(CheckpointError, match=reason):
-        verify(checkpoints / "step-00000005")
+        verify(checkpoint_at(checkpoints, 5))
     with caplog.at_level(logging.WARNING):
-        good, reasons = latest_good(checkpoints)
-    assert good == (3, checkpoints / "step-00000003")
+        good, reasons = CheckpointStore(checkpoints).latest_good()
+    assert good == checkpoint_at(checkpoints, 3)
     assert len(reasons) == 1 and reasons[0] in caplog.text
-
-
-def test_listing_knows_unfinished_and_replaced_folders(checkpoints: Path) -> None:
-    (checkpoints / ".step-00000009.tmp-0a1b").mkdir()
-    (checkpoints / "step-00000005").rename(checkpoints / ".step-00000005.old")
-    shutil.copytree(checkpoints / "step-00000003", checkpoints / ".step-00000003.old")
-    assert [(c.step, c.path.name) for c in list_checkpoints(checkpoints)] == [
-        (5, ".step-00000005.old"),
-        (3, "step-00000003"),
-        (0, "step-00000000"),
-    ]
-    checkpoint_format.begin(checkpoints, 7, "attempt").rmdir()
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000000", "step-00000003", "step-00000005"]
-    assert list_checkpoints(checkpoints / "nowhere") == []
-
-
-def test_pruning_keeps_the_newest_and_never_deletes_the_last_good_one(checkpoints: Path) -> None:
-    def steps() -> list[int]:
-        return [checkpoint.step for checkpoint in list_checkpoints(checkpoints)]
-
-    assert prune(checkpoints, 3) == []
-    assert prune(checkpoints, 2) == [checkpoints / "step-00000000"]
-    flip_a_bit(checkpoints / "step-00000005")
-    assert prune(checkpoints, 1) == []
-    assert steps() == [5, 3]
-    flip_a_bit(checkpoints / "step-00000003")
-    assert prune(checkpoints, 1) == []
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        prune(checkpoints, 0)
-
-
-def test_coverage_names_what_is_missing_double_or_unknown() -> None:
-    parameters = {"w": {"shape": [2, 3]}}
-    kinds = checkpoint_format.KINDS
-    whole = [Range("w", kind, start, numel) for kind in kinds for start, numel in ((0, 4), (4, 2))]
-    check_coverage(parameters, reversed(whole))
-    for ranges, reason in (
-        (whole[:-1], "exp_avg_sq of w covers 4 of 6 elements"),
-        (whole[1:], "weight of w is missing at element 0"),
-        ([*whole, whole[1]], "weight of w is there twice at element 4"),
-        ([*whole, Range("v", "weight", 0, 1)], "weight of v, which is no trainable parameter"),
-        (whole[2:], "weight of w covers 0 of 6 elements"),
-    ):
-        with pytest.raises(CheckpointError, match=reason):
-            check_coverage(parameters, ranges)
 
 
 def save_with_frozen_embeddings(folder: Path, init: Path, other_init: Path) -> dict[int, list[str]]:
@@ -260,10 +206,10 @@ def save_with_frozen_embeddings(folder: Path, init: Path, other_init: Path) -> d
     for stage in STAGES:
         accelerator, engine = fresh_engine(settings(stage, "bf16"), init, "bert.embeddings.")
         train_step(accelerator, engine, 0)
-        path = save(engine, folder / f"{stage}", 1)
+        checkpoint = save(engine, folder / f"{stage}", 1)
         _, engine = fresh_engine(settings(stage, "bf16"), other_init, "bert.embeddings.")
-        names[stage] = list(load_checkpoint(engine, path).parameters)
-        assert state_files(save(engine, folder / f"{stage}-again", 1)) == state_files(path)
+        names[stage] = list(load_checkpoint(engine, checkpoint, seed=SEED).shapes)
+        assert state_files(save(engine, folder / f"{stage}-again", 1).path) == state_files(checkpoint.path)
     return names
 
 
@@ -277,7 +223,7 @@ def survive_errors(folder: Path, init: Path) -> dict[str, str]:
     """Save once, fail on rank 1 in several ways, save again. Returns each error's text."""
     accelerator, engine = fresh_engine(settings(2), init)
     train_step(accelerator, engine, 0)
-    before = state_files(save(engine, folder, 1))
+    before = state_files(save(engine, folder, 1).path)
     errors = {}
     rank = torch.distributed.get_rank()
 
@@ -308,10 +254,10 @@ def survive_errors(folder: Path, init: Path) -> dict[str, str]:
     parameter._hp_mapping = saved_mapping
 
     try:
-        load_checkpoint(engine, folder / "step-00000099")
+        load_checkpoint(engine, checkpoint_at(folder, 99), seed=SEED)
     except CheckpointError as error:
         errors["load"] = str(error)
-    assert state_files(folder / "step-00000001") == before and verify(folder / "step-00000001")
+    assert state_files(folder / "step-00000001") == before and verify(checkpoint_at(folder, 1))
     train_step(accelerator, engine, 1)
     save(engine, folder, 1)
     return errors
@@ -324,8 +270,8 @@ def test_an_error_on_one_rank_reaches_all_and_keeps_the_earlier_checkpoint(tmp_p
     for name in ("file size limit", "while replacing"):
         assert errors[name].startswith("rank 1: cannot write ")
         assert "shard-00001-of-00002.safetensors" in errors[name] and "File too large" in errors[name]
-    assert errors["incomplete"].startswith("rank 0: ") and " of " in errors["incomplete"]
+    assert errors["incomplete"].startswith("covers ") and " of " in errors["incomplete"]
     assert "rank 1: " in errors["another DeepSpeed"] and "has no _hp_mapping" in errors["another DeepSpeed"]
     assert "it was never committed" in errors["load"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "no temporary folder is left"
-    assert verify(tmp_path / "step-00000001").optimizer["adam_step"] == 2, "replaced by the last save"
+    assert verify(checkpoint_at(tmp_path, 1)).optimizer.adam_step == 2, "replaced by the last save"

@@ -25,12 +25,13 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from saved_state import saved_weights
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.data.order import samples
 from distlm.data.pack import PackedDataset
 from distlm.errors import ExitCode
 from distlm.run_folder import RunFolder, lease, read_json
-from distlm.worker.checkpoint_format import list_checkpoints
 
 MAX_SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 32, 16, 4, 42
 CONFIG = {
@@ -271,12 +272,10 @@ class TestSuccess:
     def test_the_model_is_the_last_checkpoint(self, success: Command) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-        from distlm.worker.checkpoint import read_parameters
-
         model = AutoModelForMaskedLM.from_pretrained(success.run.model, dtype=torch.float32)
-        last = list_checkpoints(success.run.checkpoints)[0]
+        last = CheckpointStore(success.run.checkpoints).checkpoints()[0]
         assert last.step == 20
-        parameters = dict(read_parameters(last.path))
+        parameters = saved_weights(last.path)
         assert {name for name, _ in model.named_parameters()} == parameters.keys()
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, parameters[name]), name
@@ -311,7 +310,7 @@ class TestSuccess:
         assert run.info.status == "FINISHED" and run.data.tags["distlm.attempt"] == "2"
         assert history(place, success.run, "train/loss") == [1, 5, 10, 15, 20, 25, 30]
         assert history(place, success.run, "eval/loss") == [10, 20, 30]
-        assert list_checkpoints(success.run.checkpoints)[0].step == 30
+        assert CheckpointStore(success.run.checkpoints).checkpoints()[0].step == 30
         place.require_nothing_left(success.run)
 
 

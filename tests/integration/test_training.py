@@ -16,14 +16,14 @@ import pytest
 import torch
 from plain_loop import Curve, load, plain_evaluation, plain_training
 from ranks import run_on_ranks
+from saved_state import saved_weights
 
+from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.load import load_tree
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.errors import DistlmError, InputError
 from distlm.run_folder import RunFolder
-from distlm.worker.checkpoint import read_parameters
-from distlm.worker.checkpoint_format import list_checkpoints, read_manifest
 from distlm.worker.prepare import Prepared, prepare_run
 
 STAGES = (0, 1, 2, 3)
@@ -91,10 +91,10 @@ class Training:
     config: RunConfig
     prepared: Prepared
     run: RunFolder
-    checkpoint: Path | None = None
+    checkpoint: Checkpoint | None = None
 
-    def saved_at(self, step: int) -> Path:
-        return self.run.checkpoints / f"step-{step:08d}"
+    def saved_at(self, step: int) -> Checkpoint:
+        return Checkpoint(step, self.run.checkpoints / f"step-{step:08d}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Base:
     def config(self, *overrides: str) -> RunConfig:
         return load_tree(copy.deepcopy(self.tree), overrides, check=contradictions).config
 
-    def training(self, name: str, *overrides: str, checkpoint: Path | None = None) -> Training:
+    def training(self, name: str, *overrides: str, checkpoint: Checkpoint | None = None) -> Training:
         """A new run with these data and weights."""
         run = RunFolder.create(self.run.runs_dir, name)
         run.init.symlink_to(self.run.init)
@@ -137,10 +137,10 @@ class Finished:
         return [curve[step] for step in range(first_step, last_step + 1)]
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
-        return dict(read_parameters(self.training.saved_at(step)))
+        return saved_weights(self.training.saved_at(step).path)
 
     def state_files(self, step: int) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in sorted(self.training.saved_at(step).glob("shard-*"))}
+        return {file.name: file.read_bytes() for file in sorted(self.training.saved_at(step).path.glob("shard-*"))}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def train_once(training: Training, reports: Reports) -> None:
         reports.append((step, values))
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(WorkerContext(training.config, training.prepared, training.run, "cpu", training.checkpoint, report))
+    train(WorkerContext(training.config, training.prepared, training.run, "cpu", training.checkpoint, report, print))
 
 
 def train_all_on_rank(trainings: Sequence[Training]) -> list[Reports]:
@@ -250,7 +250,7 @@ def on_three(base: Base, on_one: dict[str, Finished]) -> dict[str, Finished]:
     return train_all(3, whole_and_continued(base, 3, checkpoints))
 
 
-def whole_and_continued(base: Base, num_workers: int, checkpoints: Mapping[int, Path]) -> dict[str, Training]:
+def whole_and_continued(base: Base, num_workers: int, checkpoints: Mapping[int, Checkpoint]) -> dict[str, Training]:
     trainings = {}
     for stage, checkpoint in checkpoints.items():
         overrides = (
@@ -331,9 +331,11 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert len(resumed.state_files(STEPS)) == 2
     for key in ("train/loss", "grad_norm", "learning_rate", "epoch"):
         assert resumed.curve(key) == {s: v for s, v in whole.curve(key).items() if HALF < s <= STEPS}, key
-    progress = read_manifest(resumed.training.saved_at(STEPS)).progress
-    assert progress == read_manifest(whole.training.saved_at(STEPS)).progress
-    assert progress["sample_position"] == STEPS * GLOBAL_BATCH
+    manifests = [
+        CheckpointStore(r.training.run.checkpoints).manifest(r.training.saved_at(STEPS)) for r in (resumed, whole)
+    ]
+    assert manifests[0].progress == manifests[1].progress
+    assert manifests[0].progress.sample_position == STEPS * GLOBAL_BATCH
 
 
 @pytest.mark.parametrize("stage", SHARDED_STAGES)
@@ -488,7 +490,7 @@ def test_nothing_trains_that_was_not_asked_for(stopped: dict[str, Stopped], name
         assert outcome.error == "AttestationError"
         assert reason in outcome.message
         assert outcome.reports == []
-    assert list_checkpoints(stopped[name].training.run.checkpoints) == []
+    assert CheckpointStore(stopped[name].training.run.checkpoints).checkpoints() == []
 
 
 @pytest.mark.parametrize(
@@ -502,7 +504,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_not_saved(
         assert outcome.error == "NonFiniteLossError"
         assert f"at step {step}; lower training.learning_rate" in outcome.message
     assert [step for step, values in stopped[name].ranks[0].reports if "train/loss" in values] == [1]
-    assert list_checkpoints(stopped[name].training.run.checkpoints) == []
+    assert CheckpointStore(stopped[name].training.run.checkpoints).checkpoints() == []
 
 
 def test_a_run_does_not_go_on_with_other_data(base: Base, tmp_path: Path) -> None:

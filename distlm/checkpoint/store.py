@@ -1,0 +1,273 @@
+"""The checkpoints of a run on disk: the one place that spells their paths and writes their bytes.
+
+    checkpoints/
+      step-00000100/
+        shard-00000-of-00002.safetensors    flat fp32 fragments: weights and Adam moments
+        shard-00001-of-00002.safetensors
+        manifest.json                       written last: what belongs here, with sizes and SHA-256
+      .step-00000200.tmp-3fa9c1/            being written; never restored
+      .step-00000100.old                    being replaced; counts only while step-00000100 is missing
+      .step-00000050.deleted-3fa9c1         being deleted
+
+A checkpoint appears by one rename and disappears by one rename, so a process that is killed leaves each of them whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from distlm.checkpoint.manifest import Fragment, Manifest, Parameter, Shard, shard_tensors
+from distlm.checkpoint.tensor_file import TensorFile, file_sha256, require_regular_file, write_tensor_file
+from distlm.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+_MAX_MANIFEST_BYTES = 2**30
+_HASHING_THREADS = 8
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A folder that claims to be a checkpoint; `verify` tells whether it is one. Orders by step."""
+
+    step: int
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, on storage that all ranks share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known_good: set[Path] = set()  # committed here, so their hashes need no second look
+
+    # --- finding -----------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Newest first, whole or not; those still being written or deleted are not among them."""
+        found: dict[int, Path] = {}
+        for pattern in (r"\.step-(\d{8,18})\.old", r"step-(\d{8,18})"):  # the second wins
+            for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                if match := re.fullmatch(pattern, path.name):
+                    found[int(match[1])] = path
+        return sorted((Checkpoint(step, path) for step, path in found.items()), reverse=True)
+
+    def unfinished(self) -> list[Path]:
+        """Folders that are being written or deleted, or that a killed process left so."""
+        return sorted([*self.folder.glob(".step-*.tmp-*"), *self.folder.glob(".step-*.deleted-*")])
+
+    def manifest(self, checkpoint: Checkpoint) -> Manifest:
+        """Raises CheckpointError if it is missing, unreadable, altered or of an unknown version."""
+        path = checkpoint.path / MANIFEST_NAME
+        try:
+            if not path.exists():
+                raise CheckpointError(f"{checkpoint.path} has no {MANIFEST_NAME}: it was never committed")
+            if require_regular_file(path) > _MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{path} is larger than any manifest")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        try:
+            manifest = Manifest.from_json(text)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} {error}") from error
+        if manifest.step != checkpoint.step:
+            raise CheckpointError(f"{path} is of step {manifest.step}, not {checkpoint.step}: the folder was renamed")
+        return manifest
+
+    def check(self, checkpoint: Checkpoint) -> Manifest:
+        """The manifest, if the files that it names are there in the right size. Reads no tensor.
+
+        Raises:
+            CheckpointError: with what is missing, torn or altered.
+        """
+        manifest = self.manifest(checkpoint)
+        for name, shard in manifest.shards.items():
+            path = checkpoint.path / name
+            size_bytes = require_regular_file(path)
+            if size_bytes != shard.size_bytes:
+                raise CheckpointError(f"{path} has {size_bytes} bytes, the manifest says {shard.size_bytes}")
+        return manifest
+
+    def verify(self, checkpoint: Checkpoint) -> Manifest:
+        """As `check`, and every byte is read and compared with its SHA-256, and every shard's header with the manifest.
+
+        Raises:
+            CheckpointError: with what is missing, torn or altered.
+        """
+        manifest = self.check(checkpoint)
+
+        def verify_shard(name: str) -> None:
+            path, shard = checkpoint.path / name, manifest.shards[name]
+            try:
+                if file_sha256(path) != shard.sha256:
+                    raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            held = {tensor: (info.dtype, info.shape) for tensor, info in TensorFile(path).tensors.items()}
+            if held != shard_tensors(manifest.parameters, shard.fragments):
+                raise CheckpointError(f"{path} does not hold the tensors that the manifest says")
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing and reading let other threads run
+            for _ in pool.map(verify_shard, manifest.shards):
+                pass
+        return manifest
+
+    def latest_good(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that `verify` accepts, and why each newer one was skipped (also in the log)."""
+        reasons = []
+        for checkpoint in self.checkpoints():
+            try:
+                if checkpoint.path in self._known_good:
+                    self.check(checkpoint)
+                else:
+                    self.verify(checkpoint)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                logger.warning("skipping checkpoint %s: %s", checkpoint.path.name, error)
+            else:
+                return checkpoint, reasons
+        return None, reasons
+
+    def best(self, metric: str, greater_is_better: bool) -> Checkpoint | None:
+        """The checkpoint with the best value of an evaluation metric, the newer of two equals; None: none has one."""
+        values = []
+        for checkpoint in self.checkpoints():
+            try:
+                value = self.check(checkpoint).metrics.get(metric)
+            except CheckpointError:
+                continue
+            if value is not None:
+                values.append((value if greater_is_better else -value, checkpoint))
+        return max(values)[1] if values else None
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def clean(self) -> None:
+        """Clear away what killed writers left. One process calls it, before anything is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.unfinished():
+            shutil.rmtree(leftover)
+        for leftover in self.folder.glob(".step-*.old"):
+            committed = self.folder / leftover.name.removeprefix(".").removesuffix(".old")
+            if committed.exists():
+                shutil.rmtree(leftover)
+            else:
+                leftover.rename(committed)
+
+    def temporary(self, step: int, token: str) -> Path:
+        """Where the shards of a checkpoint are written before it is committed. `token` tells writers apart."""
+        return self.folder / f".{_name(step)}.tmp-{token}"
+
+    def write_shard(
+        self,
+        temporary: Path,
+        rank: int,
+        world_size: int,
+        parameters: Sequence[Parameter],
+        fragments: Sequence[Fragment],
+        content: Iterable[memoryview],
+    ) -> tuple[str, Shard]:
+        """Write one rank's file and return its name and its entry in the manifest.
+
+        Args:
+            content: the fp32 elements of the fragments: all weights, then all first, then all second moments.
+
+        Raises:
+            CheckpointError: the storage failed.
+        """
+        path = temporary / f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+        try:
+            temporary.mkdir(exist_ok=True)
+            size_bytes, sha256 = write_tensor_file(path, shard_tensors(parameters, fragments), content)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        return path.name, Shard(size_bytes=size_bytes, sha256=sha256, fragments=list(fragments))
+
+    def commit(self, temporary: Path, manifest: Manifest) -> Checkpoint:
+        """Write the manifest into `temporary` and rename it to its final name, durably. One process calls it.
+
+        An older checkpoint of the same step is replaced: at each moment one of the two is there.
+
+        Raises:
+            CheckpointError: the shards do not tile the parameters, or the storage failed; an older checkpoint of the
+                same step is then back in its place.
+        """
+        manifest.check_coverage()
+        final = self.folder / _name(manifest.step)
+        replaced = self.folder / f".{_name(manifest.step)}.old"
+        try:
+            with open(temporary / MANIFEST_NAME, "w", encoding="utf-8") as file:
+                file.write(manifest.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folder(temporary)
+            if final.exists():
+                final.rename(replaced)
+            try:
+                temporary.rename(final)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(final)
+                raise
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot commit {final}: {error.strerror}") from error
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._known_good.add(final)
+        return Checkpoint(manifest.step, final)
+
+    def discard(self, temporary: Path) -> None:
+        """Remove what was written for a checkpoint that will not be committed."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    # --- retention ---------------------------------------------------------------------------------------------------
+
+    def prune(self, save_total_limit: int, best: Checkpoint | None = None) -> list[Path]:
+        """Delete all but the newest `save_total_limit` checkpoints and the best one, and return what was deleted.
+
+        The last good one is never deleted: if none of those kept is whole, the newest older one that is whole is kept
+        as well, and if there is none, nothing is deleted.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be deleted.
+        """
+        if save_total_limit < 1:
+            raise ValueError(f"save_total_limit is {save_total_limit}; it must be 1 or more")
+        surplus = self.checkpoints()[save_total_limit:]
+        good = self.latest_good()[0] if surplus else None
+        if good is None:
+            return []
+        deleted = [checkpoint.path for checkpoint in surplus if checkpoint not in (good, best)]
+        for path in deleted:
+            self._delete(path)
+        return deleted
+
+    def _delete(self, path: Path) -> None:
+        """By a rename first, so that an interrupted deletion leaves none that looks whole."""
+        doomed = self.folder / f".{path.name.removeprefix('.')}.deleted-{os.getpid()}"
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror}") from error
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder durable; fsync of a file does not cover its entry."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
