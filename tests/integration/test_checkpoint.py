@@ -7,6 +7,7 @@ import json
 import logging
 import resource
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from distlm.checkpoint.manifest import Manifest, Progress
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.errors import CheckpointError
 from distlm.worker import zero_state
-from distlm.worker.checkpoint import CheckpointSaver, load_checkpoint
+from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
 
 STAGES = (0, 1, 2, 3)
 SEED = 17
@@ -275,3 +276,109 @@ def test_an_error_on_one_rank_reaches_all_and_keeps_the_earlier_checkpoint(tmp_p
     assert "it was never committed" in errors["load"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "no temporary folder is left"
     assert verify(checkpoint_at(tmp_path, 1)).optimizer.adam_step == 2, "replaced by the last save"
+
+
+class HeldBackStore(CheckpointStore):
+    """Writes shards only when it is told to, and notes how many it writes at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.may_write = threading.Event()
+        self.writing = self.most_writing = 0
+
+    def write_shard(self, *arguments: Any) -> Any:
+        self.writing += 1
+        self.most_writing = max(self.most_writing, self.writing)
+        assert self.may_write.wait(60)
+        shard = super().write_shard(*arguments)
+        self.writing -= 1
+        return shard
+
+
+def save_while_training(folder: Path, init: Path) -> dict[str, Any]:
+    """Train on while a save is held back; then save again at once. Each state is also saved in the foreground."""
+    accelerator, engine = fresh_engine(settings(2), init)
+    train_step(accelerator, engine, 0)
+    committed: list[Saved] = []
+    store = HeldBackStore(folder / "background")
+    saver = CheckpointSaver(engine, store, seed=SEED, on_committed=committed.append)
+    assert saver._buffer is not None
+    address = saver._buffer.data_ptr()
+    for step in (1, 2):
+        save(engine, folder / "foreground", step)
+        # Opened from a thread, because the second save waits for the first one to be written.
+        opener = threading.Timer(0.5, store.may_write.set) if step == 2 else None
+        if opener:
+            assert not store.may_write.is_set() and not store.checkpoints(), "nothing is committed yet"
+            opener.start()
+        saver.save(step, Progress(sample_position=16 * step, epoch=0))
+        train_step(accelerator, engine, step)
+    saver.wait()
+    return {
+        "same buffer": address == saver._buffer.data_ptr(),
+        "buffer elements": saver._buffer.numel(),
+        "most at a time": store.most_writing,
+        "committed": [(saved.checkpoint.step, saved.blocked_s < saved.total_s) for saved in committed],
+    }
+
+
+def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, init: Path) -> None:
+    ranks = run_on_ranks(save_while_training, WORLD_SIZE, tmp_path, init)
+    for step in (1, 2):
+        background, foreground = (checkpoint_at(tmp_path / name, step) for name in ("background", "foreground"))
+        assert verify(background).optimizer.adam_step == step
+        assert state_files(background.path) == state_files(foreground.path)
+    assert state_files(checkpoint_at(tmp_path / "background", 1).path) != state_files(background.path)
+    assert [rank["committed"] for rank in ranks] == [[(1, True), (2, True)], []], "rank 0 alone reports"
+    assert all(rank["same buffer"] and rank["most at a time"] == 1 for rank in ranks), "one copy, one save at a time"
+    num_parameters = sum(parameter.numel() for parameter in load_model(init).parameters())
+    assert sum(rank["buffer elements"] for rank in ranks) == 3 * num_parameters
+
+
+def fail_in_the_background(folder: Path, init: Path) -> list[str]:
+    """Fail on rank 1 while training goes on, then save again."""
+    accelerator, engine = fresh_engine(settings(2), init)
+    saver = CheckpointSaver(engine, CheckpointStore(folder), seed=SEED)
+    events = []
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    saver.save(1, Progress(sample_position=16, epoch=0))
+    train_step(accelerator, engine, 0)
+    saver.join(60)
+    events.append(f"has failed: {saver.has_failed}")
+    try:
+        saver.wait()
+    except CheckpointError as error:
+        events.append(str(error))
+    events.append(f"has failed: {saver.has_failed}")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    saver.save(2, Progress(sample_position=32, epoch=0))
+    saver.wait()
+    return events
+
+
+def test_a_save_that_fails_in_the_background_is_told_on_every_rank(tmp_path: Path, init: Path) -> None:
+    ranks = run_on_ranks(fail_in_the_background, WORLD_SIZE, tmp_path, init)
+    assert ranks[0] == ranks[1]
+    before, error, after = ranks[0]
+    assert (before, after) == ("has failed: True", "has failed: False")
+    assert error.startswith("rank 1: cannot write ") and error.endswith("File too large") and "\n" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"], "no temporary folder is left"
+    verify(checkpoint_at(tmp_path, 2))
+
+
+def save_and_keep_the_best(folder: Path, init: Path) -> None:
+    _, engine = fresh_engine(settings(1), init)
+    for name, greater in (("lowest", False), ("highest", True)):
+        store = CheckpointStore(folder / name)
+        saver = CheckpointSaver(engine, store, seed=SEED, retention=Retention(1, "eval/loss", greater))
+        for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 5.0), (5, 2.0), (6, None)):
+            saver.save(step, Progress(sample_position=step, epoch=0), {} if loss is None else {"eval/loss": loss})
+        saver.wait()
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, init: Path) -> None:
+    run_on_ranks(save_and_keep_the_best, WORLD_SIZE, tmp_path, init)
+    for name, steps in (("lowest", [6, 2]), ("highest", [6, 4])):
+        assert [checkpoint.step for checkpoint in CheckpointStore(tmp_path / name).checkpoints()] == steps
