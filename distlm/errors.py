@@ -6,7 +6,7 @@
     |   |-- NonFiniteLossError        the loss became NaN or infinite
     |   `-- AttestationError          the workers would have trained something else than asked
     |-- InfrastructureError      3    a machine, the network or the storage failed; a new attempt may succeed
-    |   `-- CheckpointError           a checkpoint is missing, torn or altered
+    |   `-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
     |-- Preempted               75    stopped from outside with its state saved: continue me
     `-- Cancelled              130    the user asked to stop
 
@@ -95,7 +95,12 @@ class InfrastructureError(DistlmError):
 
 
 class CheckpointError(InfrastructureError):
-    """A checkpoint is missing, torn, altered or of an unknown format version."""
+    """A checkpoint cannot be written, or is missing, torn, altered or of an unknown format version."""
+
+    def __init__(self, message: str, failed_ranks: tuple[int, ...] = ()) -> None:
+        """`failed_ranks`: where it happened, when all ranks raise it; empty: where it is raised."""
+        self.failed_ranks = failed_ranks
+        super().__init__(message)
 
 
 class Preempted(DistlmError):

@@ -78,7 +78,7 @@ def first_failure(failures: list[dict[str, Any]], error: BaseException) -> Outco
     """The cause of a failed incarnation: the earliest failure that is not the consequence of another one."""
     causes = [f for f in failures if f["expected"] or not any(sign in f["message"] for sign in _CONSEQUENCES)]
     if causes:
-        first = min(causes, key=lambda failure: failure["timestamp_ms"])
+        first = min(causes, key=lambda failure: (failure.get("follows", False), failure["timestamp_ms"]))
         message = first["message"].strip() or first["type"]
         text = message if first["expected"] else f"{first['type']}: {message.splitlines()[0]}"
         return Outcome(ExitCode(first["exit_code"]), text, first["rank"], first["host"], first["details"])

@@ -112,10 +112,11 @@ class CheckpointSaver:
         self._parameters = [Parameter(name=n, shape=shape) for n, shape in zero_state.trainable_shapes(engine).items()]
         # Looked up once: it takes 8 ms, a quarter of the time that a save of 250 MB blocks.
         self._versions = {package: version(package) for package in ("torch", "deepspeed", "accelerate", "transformers")}
-        self._token: str = self._broadcast(_outcome(self._begin) if self._rank == 0 else None)
+        self._token, error = self._broadcast(_outcome(self._begin) if self._rank == 0 else None)
+        _raise_together({0: error} if error else {})
         self._buffer = self._allocate_buffer() if asynchronous else None
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
 
     def _begin(self) -> str:
         self._store.clean()
@@ -155,7 +156,12 @@ class CheckpointSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is under way. Raises CheckpointError, on every rank, if the last one failed."""
+        """Return when no save is under way.
+
+        Raises:
+            CheckpointError: the last one failed; on every rank.
+            RuntimeError: another rank has gone meanwhile, in the words of the process group.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -214,16 +220,17 @@ class CheckpointSaver:
         temporary = self._store.temporary(job.step, self._token)
         try:
             outcomes = self._gather(_outcome(lambda: self._write_shard(job)))
-            result: tuple[Any, str] | None = None
+            errors: dict[int, str] = {}
             if outcomes is not None:
-                failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-                shards = dict(shard for shard, _ in outcomes if shard)
-                result = (None, "; ".join(failures)) if failures else _outcome(lambda: self._commit(job, shards))
-                if result[1]:
+                errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error}
+                if not errors:
+                    _, error = _outcome(lambda: self._commit(job, dict(shard for shard, _ in outcomes)))
+                    errors = {0: error} if error else {}
+                if errors:
                     self._store.discard(temporary)
-            self._broadcast(result)
-        except Exception as error:  # noqa: BLE001 - told by the next `wait`
-            self._error = _as_checkpoint_error(error)
+            _raise_together(self._broadcast(errors))
+        except Exception as error:  # noqa: BLE001 - raised by the next `wait`
+            self._error = error
 
     def _write_shard(self, job: _Job) -> tuple[str, Shard]:
         if job.error is not None:
@@ -265,14 +272,17 @@ class CheckpointSaver:
         dist.gather_object(outcome, outcomes, dst=0, group=self._group)
         return outcomes
 
-    def _broadcast(self, outcome: tuple[Any, str] | None) -> Any:
-        """Rank 0's result, on every rank. Raises CheckpointError everywhere if it has an error instead."""
-        box: list[Any] = [outcome]
+    def _broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
-        result, error = box[0]
-        if error:
-            raise CheckpointError(error)
-        return result
+        return box[0]
+
+
+def _raise_together(errors: dict[int, str]) -> None:
+    """Raise CheckpointError if there is an error of any rank; called with the same ones on every rank."""
+    if errors:
+        raise CheckpointError("; ".join(f"rank {rank}: {error}" for rank, error in errors.items()), tuple(errors))
 
 
 def _outcome(action: Callable[[], T]) -> tuple[T | None, str]:
@@ -330,8 +340,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
     manifest, error = _outcome(lambda: _load_local(engine, checkpoint, seed))
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    if any(errors):
-        raise CheckpointError("; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error))
+    _raise_together({rank: error for rank, error in enumerate(errors) if error})
     assert manifest is not None
     zero_state.publish_weights(engine)
     engine.global_steps = manifest.step

@@ -51,6 +51,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         _train(told, rank, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
         traceback.print_exc()
+        failed_ranks = getattr(error, "failed_ranks", ())  # all ranks raise it together
         failure = {
             "kind": "failure",
             "rank": rank,
@@ -62,6 +63,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             "details": traceback.format_exc(),
             "exit_code": int(error.exit_code) if isinstance(error, DistlmError) else int(ExitCode.FAILED),
             "expected": isinstance(error, DistlmError),
+            "follows": bool(failed_ranks) and rank not in failed_ranks,
         }
         ray.wait([told.mailbox.push.remote(failure)], timeout=_DELIVERY_TIMEOUT_S)
         raise

@@ -233,7 +233,8 @@ class Worker:
             self.saver.wait()
         except CheckpointError as error:
             if self.config.training.on_save_error == "stop" or at_the_end:
-                raise CheckpointError(f"{error}; make room or mend the storage, then resume the run") from error
+                advice = "make room or mend the storage, then resume the run"
+                raise CheckpointError(f"{error}; {advice}", error.failed_ranks) from error
             if self.rank == 0:
                 self.context.warn(f"a checkpoint was not saved, training goes on at step {step}: {error}")
 

@@ -62,6 +62,14 @@ def test_an_error_made_on_purpose_keeps_its_text_and_exit_code() -> None:
     assert (outcome.exit_code, outcome.message) == (ExitCode.INFRASTRUCTURE, message)
 
 
+def test_of_an_error_that_all_ranks_raise_the_rank_where_it_happened_is_named() -> None:
+    message = "rank 1: cannot write shard-00001: No space left on device"
+    together = {"exit_code": 3, "expected": True}
+    failures = [failure(0, message, 5, follows=True, **together), failure(1, message, 9, follows=False, **together)]
+    outcome = first_failure(failures, WorkerGroupError({}))
+    assert (outcome.rank, outcome.host, outcome.message) == (1, "node1", message)
+
+
 def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
     followers = [failure(0, "Connection reset by peer", 100)]
     outcome = first_failure(followers, WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError("The actor died")}))
