@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 _EPILOG = """exit codes: 0 succeeded; 1 failed, would fail again; 2 bad input; 3 infrastructure failed;
 75 preempted, continue with resume; 130 cancelled"""
 
+_CHECKPOINTS_EPILOG = """states:
+  committed    whole: the manifest is good, the files are there in its sizes; their bytes were not read
+  verified     with --verify: every byte has its hash
+  damaged      never restored, and why; a resume uses the newest one that is not damaged
+  unknown      of a format version that this distlm does not read; a resume refuses to go on without it
+  unfinished   being written or deleted, or left so by a killed process; the next attempt clears it away
+
+exit codes: 0 none is damaged or unknown (or there are none); 2 bad input; 3 some are"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; errors made on purpose end as text on stderr, without a traceback."""
@@ -80,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     validate.set_defaults(verb=_validate)
 
+    verify = verbs.add_parser(
+        "verify-resume", help="check on a few steps that a run of this config resumes exactly, killed and resized"
+    )
+    verify.add_argument("config", type=Path, help="YAML file")
+    verify.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    verify.add_argument("--steps", type=int, default=12, help="steps to train (default: 12)")
+    verify.add_argument(
+        "--workers", type=_sizes, metavar="N,N,...",
+        help="workers of each piece (default: those of the config twice, then another number)",
+    )  # fmt: skip
+    verify.add_argument("--keep", action="store_true", help="keep the runs, also if all is well")
+    verify.set_defaults(verb=_verify_resume)
+
     schema = verbs.add_parser("schema", help="print the JSON Schema of the config, for editors")
     schema.set_defaults(verb=_schema)
 
@@ -93,11 +115,41 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("run", help="id (or its beginning), folder, or 'last'")
     sync.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     sync.set_defaults(verb=_sync)
+
+    checkpoints = verbs.add_parser(
+        "checkpoints",
+        help="list the checkpoints of a run",
+        description="List the checkpoints of a run, newest first.",
+        epilog=_CHECKPOINTS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checkpoints.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
+    checkpoints.add_argument("--json", action="store_true", help="print a list for programs")
+    checkpoints.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    checkpoints.set_defaults(verb=_checkpoints)
+
+    export = verbs.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face folder, on this machine alone",
+        description="Write the weights of a checkpoint (fp32), its config, tokenizer and model card into a new folder "
+        "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model.",
+    )
+    export.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    export.add_argument("dir", type=Path, metavar="DIR", help="folder to make; must not exist, or be empty")
+    export.add_argument(
+        "--step",
+        default="last",
+        metavar="N|best|last",
+        help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default)",
+    )
+    export.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    export.set_defaults(verb=_export)
     return parser
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from distlm.config.attempt import Attempt, create_run
+    from distlm.config.attempt import begin_attempt, create_run
     from distlm.config.load import load_config
     from distlm.launchers.local import LocalLauncher
     from distlm.run_folder import RunFolder, new_run_id
@@ -114,33 +166,15 @@ def _submit(options: argparse.Namespace) -> int:
         print(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
         print(f"# {request}")
         return ExitCode.SUCCEEDED
-    _create(run)
     create_run(loaded, run)
-    attempt = run.new_attempt()
-    Attempt(
-        target=loaded.config.resources.target,
-        distlm_version=__version__,
-        overrides=options.overrides,
-        origins=loaded.origins,
-    ).write(attempt)
+    attempt = begin_attempt(loaded, run, options.overrides)
     print(f"run {run.run_id} in {os.path.relpath(run.path)}", flush=True)
     code = launcher.submit(request, attempt, options.detach)
     return _report(run, code) if not options.detach else code
 
 
-def _create(run: RunFolder) -> None:
-    try:
-        run.path.mkdir(parents=True)
-    except OSError as error:
-        from distlm.errors import Problem
-
-        raise InputError(
-            Problem(f"cannot create the folder of the run: {error.strerror}", "runs_dir", str(run.runs_dir))
-        ) from None
-
-
 def _resume(options: argparse.Namespace) -> int:
-    from distlm.config.attempt import Attempt, changed_config
+    from distlm.config.attempt import begin_attempt, changed_config
     from distlm.launchers.local import LocalLauncher
     from distlm.run_folder import lease
 
@@ -152,14 +186,7 @@ def _resume(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
     loaded, changes = changed_config(run, options.overrides, launcher.check)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
-        attempt = run.new_attempt()
-        Attempt(
-            target=loaded.config.resources.target,
-            distlm_version=__version__,
-            overrides=options.overrides,
-            changes=changes,
-            origins=loaded.origins,
-        ).write(attempt)
+        attempt = begin_attempt(loaded, run, options.overrides, changes=changes)
     print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code
@@ -229,6 +256,20 @@ def _validate(options: argparse.Namespace) -> int:
     return ExitCode.SUCCEEDED
 
 
+def _sizes(text: str) -> list[int]:
+    """The numbers of "2,1,3". Raises ArgumentTypeError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 2,2,1") from None
+
+
+def _verify_resume(options: argparse.Namespace) -> int:
+    from distlm.verify_resume.command import verify_resume
+
+    return verify_resume(options.config, options.overrides, options.steps, options.workers, options.keep)
+
+
 def _schema(options: argparse.Namespace) -> int:
     import json
 
@@ -278,6 +319,36 @@ def _sync(options: argparse.Namespace) -> int:
 
     run = find_run(options.runs_dir, options.run)
     return subprocess.call([sys.executable, "-m", "distlm.tracking.sync", str(run.path)])
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    import json
+
+    from distlm.checkpoint.listing import best_by, list_checkpoints, table
+    from distlm.checkpoint.store import CheckpointStore
+    from distlm.checkpoint.tensor_file import one_line
+
+    run = find_run(options.runs_dir, options.run)
+    try:
+        best = best_by(run)
+    except InputError as error:
+        print(f"distlm: warning: which one is best is not known: {one_line(error)}", file=sys.stderr)
+        best = None
+    listed = list_checkpoints(CheckpointStore(run.checkpoints), best, verify=options.verify)
+    if options.json:
+        print(json.dumps([one.to_json() for one in listed], indent=2))
+    elif listed:
+        print("\n".join(table(listed, best)))
+    else:
+        print(f"run {run.run_id} has no checkpoints")
+    return ExitCode.INFRASTRUCTURE if any(one.state in ("damaged", "unknown") for one in listed) else ExitCode.SUCCEEDED
+
+
+def _export(options: argparse.Namespace) -> int:
+    run = find_run(options.runs_dir, options.run)
+    # In place of this process, so that signals and the exit code need no passing on; this one has no torch.
+    command = [sys.executable, "-m", "distlm.worker.export", f"--step={options.step}", "--", run.path, options.dir]
+    os.execv(sys.executable, [str(part) for part in command])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     |   `-- AttestationError          the workers would have trained something else than asked
     |-- InfrastructureError      3    a machine, the network or the storage failed; a new attempt may succeed
     |   `-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
+    |       `-- UnknownFormatError        it is whole, and another version of distlm wrote it
     |-- Preempted               75    stopped from outside with its state saved: continue me
     `-- Cancelled              130    the user asked to stop
 
@@ -101,6 +102,10 @@ class CheckpointError(InfrastructureError):
         """`failed_ranks`: where it happened, when all ranks raise it; empty: where it is raised."""
         self.failed_ranks = failed_ranks
         super().__init__(message)
+
+
+class UnknownFormatError(CheckpointError):
+    """A checkpoint is whole, and its format version is one that this distlm does not read."""
 
 
 class Preempted(DistlmError):

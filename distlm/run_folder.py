@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,24 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which becomes `path` at the end of the block, and is removed if the block raises.
+
+    `path` may be an empty folder, or with `replace` any. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if replace and path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -118,6 +137,10 @@ class AttemptFolder:
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:05d}.log"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
 
 
 @dataclass(frozen=True)

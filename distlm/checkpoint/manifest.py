@@ -15,15 +15,15 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distlm.errors import CheckpointError
+from distlm.errors import CheckpointError, UnknownFormatError
 
 FORMAT_VERSION = 2
 """Raised with every change that older code would misread. 1 listed each kind's ranges by parameter name."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """The fp32 weight and Adam's two moments, under the names torch.optim gives them."""
 
-Count = Annotated[int, Field(ge=0)]
-_SHARD_NAME = r"^shard-\d{5,}-of-\d{5,}\.safetensors$"
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_SHARD_NAME = r"^shard-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors$"
 
 
 class Fragment(NamedTuple):
@@ -31,7 +31,7 @@ class Fragment(NamedTuple):
 
     parameter: Count
     start: Count
-    numel: Annotated[int, Field(ge=1)]
+    numel: Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class _Part(BaseModel):
@@ -42,7 +42,7 @@ class Parameter(_Part):
     """A trainable parameter: its name in the model and its full shape."""
 
     name: str
-    shape: list[Count]
+    shape: Annotated[list[Count], Field(max_length=64)]
 
     @property
     def numel(self) -> int:
@@ -113,16 +113,18 @@ class Manifest(_Part):
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises CheckpointError if the text is torn, altered, of another format version, or contradicts itself."""
+        """Raises CheckpointError if the text is torn or altered or contradicts itself, UnknownFormatError if it is of
+        another format version."""
         try:
             content = json.loads(text)
             expected = content.pop("manifest_sha256")
-            if content["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"has format version {content['format_version']}, and this distlm reads {FORMAT_VERSION}; use the "
-                    "distlm that wrote it"
-                )
-            if _content_sha256(content) != expected:
+            version, is_altered = content["format_version"], _content_sha256(content) != expected
+            if version != FORMAT_VERSION:
+                text = f"has format version {version}, and this distlm reads {FORMAT_VERSION}"
+                if is_altered:
+                    raise CheckpointError(f"{text}; it was altered, too")
+                raise UnknownFormatError(f"{text}; use the distlm that wrote it")
+            if is_altered:
                 raise CheckpointError("was altered: its content does not match its own SHA-256")
             manifest = cls.model_validate_json(json.dumps(content))
         except ValidationError as error:

@@ -20,15 +20,16 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from distlm.checkpoint.manifest import Fragment, Manifest, Parameter, Shard, shard_tensors
-from distlm.checkpoint.tensor_file import TensorFile, file_sha256, require_regular_file, write_tensor_file
+from distlm.checkpoint.tensor_file import TensorFile, file_sha256, one_line, require_regular_file, write_tensor_file
 from distlm.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
-_MAX_MANIFEST_BYTES = 2**30
+_MAX_MANIFEST_BYTES = 2**28
 _HASHING_THREADS = 8
 
 logger = logging.getLogger(__name__)
@@ -51,20 +52,34 @@ class CheckpointStore:
     # --- finding -----------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Newest first, whole or not; those still being written or deleted are not among them."""
+        """The folders with a checkpoint's name, newest first, whole or not.
+
+        Raises:
+            CheckpointError: the storage does not answer. (To find nothing would be to start from nothing.)
+        """
         found: dict[int, Path] = {}
-        for pattern in (r"\.step-(\d{8,18})\.old", r"step-(\d{8,18})"):  # the second wins
-            for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                if match := re.fullmatch(pattern, path.name):
-                    found[int(match[1])] = path
+        for pattern in (r"\.(step-([0-9]{8,18}))\.old", r"(step-([0-9]{8,18}))"):  # the second wins
+            for path in self._entries():
+                match = re.fullmatch(pattern, path.name)
+                if match and match[1] == _name(int(match[2])) and os.path.isdir(path):
+                    found[int(match[2])] = path
         return sorted((Checkpoint(step, path) for step, path in found.items()), reverse=True)
 
     def unfinished(self) -> list[Path]:
-        """Folders that are being written or deleted, or that a killed process left so."""
-        return sorted([*self.folder.glob(".step-*.tmp-*"), *self.folder.glob(".step-*.deleted-*")])
+        """What is being written or deleted, or what a killed process left so. Raises CheckpointError."""
+        return sorted(path for path in self._entries() if re.match(r"\.step-[0-9]+.*\.(tmp|deleted)-", path.name))
+
+    def _entries(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error.strerror}") from error
 
     def manifest(self, checkpoint: Checkpoint) -> Manifest:
-        """Raises CheckpointError if it is missing, unreadable, altered or of an unknown version."""
+        """Raises CheckpointError if it is missing, unreadable or altered, UnknownFormatError if it is of another format
+        version."""
         path = checkpoint.path / MANIFEST_NAME
         try:
             if not path.exists():
@@ -73,11 +88,11 @@ class CheckpointStore:
                 raise CheckpointError(f"{path} is larger than any manifest")
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
         try:
             manifest = Manifest.from_json(text)
         except CheckpointError as error:
-            raise CheckpointError(f"{path} {error}") from error
+            raise type(error)(f"{path} {one_line(error)}") from error
         if manifest.step != checkpoint.step:
             raise CheckpointError(f"{path} is of step {manifest.step}, not {checkpoint.step}: the folder was renamed")
         return manifest
@@ -91,7 +106,7 @@ class CheckpointStore:
         manifest = self.manifest(checkpoint)
         for name, shard in manifest.shards.items():
             path = checkpoint.path / name
-            size_bytes = require_regular_file(path)
+            size_bytes = require_regular_file(path, follow_links=False)  # nobody knows who deletes a link's target
             if size_bytes != shard.size_bytes:
                 raise CheckpointError(f"{path} has {size_bytes} bytes, the manifest says {shard.size_bytes}")
         return manifest
@@ -106,23 +121,23 @@ class CheckpointStore:
 
         def verify_shard(name: str) -> None:
             path, shard = checkpoint.path / name, manifest.shards[name]
+            held = [(tensor, (info.dtype, info.shape)) for tensor, info in TensorFile(path).tensors.items()]
+            if held != list(shard_tensors(manifest.parameters, shard.fragments).items()):
+                raise CheckpointError(f"{path} does not hold the tensors that the manifest says")
             try:
                 if file_sha256(path) != shard.sha256:
                     raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            held = {tensor: (info.dtype, info.shape) for tensor, info in TensorFile(path).tensors.items()}
-            if held != shard_tensors(manifest.parameters, shard.fragments):
-                raise CheckpointError(f"{path} does not hold the tensors that the manifest says")
 
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing and reading let other threads run
             for _ in pool.map(verify_shard, manifest.shards):
                 pass
         return manifest
 
-    def latest_good(self) -> tuple[Checkpoint | None, list[str]]:
+    def latest_good(self) -> tuple[Checkpoint | None, list[CheckpointError]]:
         """The newest checkpoint that `verify` accepts, and why each newer one was skipped (also in the log)."""
-        reasons = []
+        skipped = []
         for checkpoint in self.checkpoints():
             try:
                 if checkpoint.path in self._known_good:
@@ -130,11 +145,11 @@ class CheckpointStore:
                 else:
                     self.verify(checkpoint)
             except CheckpointError as error:
-                reasons.append(str(error))
+                skipped.append(error)
                 logger.warning("skipping checkpoint %s: %s", checkpoint.path.name, error)
             else:
-                return checkpoint, reasons
-        return None, reasons
+                return checkpoint, skipped
+        return None, skipped
 
     def best(self, metric: str, greater_is_better: bool) -> Checkpoint | None:
         """The checkpoint with the best value of an evaluation metric, the newer of two equals; None: none has one."""
@@ -151,16 +166,24 @@ class CheckpointStore:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def clean(self) -> None:
-        """Clear away what killed writers left. One process calls it, before anything is written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.unfinished():
-            shutil.rmtree(leftover)
-        for leftover in self.folder.glob(".step-*.old"):
-            committed = self.folder / leftover.name.removeprefix(".").removesuffix(".old")
-            if committed.exists():
-                shutil.rmtree(leftover)
-            else:
-                leftover.rename(committed)
+        """Clear away what killed writers left. One process calls it, before anything is written.
+
+        Raises:
+            CheckpointError: the storage failed.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.unfinished():
+                _remove(leftover)
+            for leftover in self.folder.glob(".step-*.old"):
+                committed = self.folder / leftover.name.removeprefix(".").removesuffix(".old")
+                if committed.is_dir():
+                    _remove(leftover)
+                else:
+                    _remove(committed)
+                    leftover.rename(committed)
+        except OSError as error:
+            raise CheckpointError(f"cannot clear {self.folder}: {one_line(error)}") from error
 
     def temporary(self, step: int, token: str) -> Path:
         """Where the shards of a checkpoint are written before it is committed. `token` tells writers apart."""
@@ -201,26 +224,34 @@ class CheckpointStore:
                 same step is then back in its place.
         """
         manifest.check_coverage()
-        final = self.folder / _name(manifest.step)
-        replaced = self.folder / f".{_name(manifest.step)}.old"
+        path = temporary / MANIFEST_NAME
         try:
-            with open(temporary / MANIFEST_NAME, "w", encoding="utf-8") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 file.write(manifest.to_json())
                 file.flush()
                 os.fsync(file.fileno())
             _sync_folder(temporary)
-            if final.exists():
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        final = self.folder / _name(manifest.step)
+        replaced = self.folder / f".{_name(manifest.step)}.old"
+        try:
+            if os.path.lexists(final):
+                _remove(replaced)
                 final.rename(replaced)
             try:
                 temporary.rename(final)
+                _sync_folder(self.folder)
             except OSError:
+                if final.exists():
+                    final.rename(temporary)
                 if replaced.exists():
                     replaced.rename(final)
                 raise
-            _sync_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"cannot commit {final}: {error.strerror}") from error
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):  # the next `clean` sees to it
+            _remove(replaced)
         self._known_good.add(final)
         return Checkpoint(manifest.step, final)
 
@@ -254,14 +285,23 @@ class CheckpointStore:
         """By a rename first, so that an interrupted deletion leaves none that looks whole."""
         doomed = self.folder / f".{path.name.removeprefix('.')}.deleted-{os.getpid()}"
         try:
+            _remove(doomed)  # of the same step, left by a deletion that failed
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
         except OSError as error:
             raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror}") from error
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is, if it is there: a folder with all in it; of a link the link only. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

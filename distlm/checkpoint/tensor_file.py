@@ -25,6 +25,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 CHUNK_BYTES = 16 * 2**20
 """What is hashed, written or read in one go."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
+_MAX_DIMENSIONS = 64  # as in torch
 
 
 class TensorInfo(NamedTuple):
@@ -79,10 +80,16 @@ def _chunks(content: Iterable[memoryview]) -> Iterator[memoryview]:
             yield flat[start : start + CHUNK_BYTES]
 
 
-def require_regular_file(path: Path) -> int:
+def one_line(error: Exception) -> str:
+    """What an error says, fit for a terminal: it may quote a damaged file, at any length."""
+    text = str(error)[:1000]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+
+def require_regular_file(path: Path, *, follow_links: bool = True) -> int:
     """The size in bytes. Raises CheckpointError for what cannot simply be read: opening a named pipe would wait."""
     try:
-        status = path.stat()
+        status = path.stat(follow_symlinks=follow_links)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
@@ -115,7 +122,9 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no safetensors file: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{path} is no safetensors file: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
     def read_into(self, destination: memoryview, name: str, first_element: int = 0) -> None:
         """Fill the contiguous `destination` with a tensor's bytes, from its element `first_element` on.
@@ -141,13 +150,23 @@ class TensorFile:
 
 
 def _parse_header(header: dict[str, Any], data_begin: int, size_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors in the order of their places, which must follow each other from the header to the file's end."""
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise ValueError(f"the place of {name} is not given in whole numbers")
-        if end - begin != math.prod(shape) * ITEM_BYTES[entry["dtype"]] or data_begin + end > size_bytes:
-            raise ValueError(f"the place of {name} does not fit its shape or the file")
+        numbers = (*shape, begin, end)
+        if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= size_bytes for n in numbers):
+            raise ValueError(f"the place of {name} is not given in whole numbers within the file")
+        if end - begin != math.prod(shape) * ITEM_BYTES[entry["dtype"]]:
+            raise ValueError(f"the place of {name} does not fit its shape")
         tensors[name] = TensorInfo(entry["dtype"], shape, data_begin + begin, data_begin + end)
-    return tensors
+    position = data_begin
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+    for name, info in ordered:
+        if info.begin != position:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        position = info.end
+    if position != size_bytes:
+        raise ValueError(f"its tensors end at byte {position} of {size_bytes}")
+    return dict(ordered)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from distlm import __version__
 from distlm.config.load import LoadedConfig, load_tree
 from distlm.config.resolve import refuse_changes, resolved_tree
 from distlm.config.schema import RunConfig
@@ -28,6 +30,10 @@ class Attempt:
     """Overrides to apply to run.yaml: those of this resume and of the resumes before it."""
     origins: dict[str, str] = field(default_factory=dict)
     """Key -> "file:line" where the user wrote it, for messages."""
+    record_samples: bool = False
+    """The workers write down which samples each step trains on, in samples/ of the attempt's folder."""
+    kill_in_step: int | None = None
+    """The last worker is killed (SIGKILL) in this step, for `distlm verify-resume`. None: no worker is."""
 
     def write(self, folder: AttemptFolder) -> None:
         write_yaml(folder.attempt_yaml, asdict(self))
@@ -38,8 +44,27 @@ class Attempt:
 
 
 def create_run(loaded: LoadedConfig, run: RunFolder) -> None:
-    """Write run.yaml: every key, defaults included, `${VAR}` as written. It is never changed afterwards."""
+    """Make the run's folder and write run.yaml: every key, defaults included, `${VAR}` as written. It is never changed
+    afterwards. Raises InputError if the folder cannot be made."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create the folder of the run: {error.strerror}"
+        raise InputError(Problem(message, "runs_dir", str(run.runs_dir))) from None
     write_yaml(run.run_yaml, resolved_tree(loaded.config, loaded.raw))
+
+
+def begin_attempt(loaded: LoadedConfig, run: RunFolder, overrides: list[str], **others: Any) -> AttemptFolder:
+    """Make the folder of the run's next attempt and write its attempt.yaml; `others` are further fields of it."""
+    folder = run.new_attempt()
+    Attempt(
+        target=loaded.config.resources.target,
+        distlm_version=__version__,
+        overrides=overrides,
+        origins=loaded.origins,
+        **others,
+    ).write(folder)
+    return folder
 
 
 def load_attempt(run: RunFolder, folder: AttemptFolder) -> LoadedConfig:

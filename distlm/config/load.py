@@ -6,6 +6,7 @@ logged and printed, so that a secret in the environment stays there.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -73,6 +74,14 @@ def load_tree(
     known = dict(origins or {})
     problems = [p for item in overrides for p in _apply_override(raw, known, item)]
     return _validate(raw, known, problems, check, environ, default_location="")
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with overrides that were valid before set in it, `${VAR}` unexpanded."""
+    tree = copy.deepcopy(tree)
+    for item in overrides:
+        list(_apply_override(tree, {}, item))
+    return tree
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------

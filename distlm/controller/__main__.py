@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,9 @@ from distlm.controller.policy import Outcome
 from distlm.controller.progress import Progress
 from distlm.errors import DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, lease, read_json, write_json
+from distlm.worker.entry import redirect_output
+
+_RESULT_BYTES = 64 * 1024
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +45,8 @@ def main(arguments: list[str]) -> int:
     with _output_to_log(folder) as terminal:
         progress = Progress(terminal)
         started = time.time()
-        outcome, problems = _run(run, folder, progress, stop)
+        with _room_for_result(folder):
+            outcome, problems = _run(run, folder, progress, stop)
         write_result(folder, outcome, started, problems)
     return int(outcome.exit_code)
 
@@ -119,6 +123,17 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: th
             shutil.rmtree(temporary_root, ignore_errors=True)
 
 
+@contextmanager
+def _room_for_result(folder: AttemptFolder) -> Iterator[None]:
+    """Hold some of the storage, so that a run which fills it can still say how it ended."""
+    reserve = folder.path / ".reserve"
+    with suppress(OSError), open(reserve, "wb") as file:
+        file.write(bytes(_RESULT_BYTES))
+    yield
+    with suppress(OSError):
+        reserve.unlink(missing_ok=True)
+
+
 def write_result(
     folder: AttemptFolder, outcome: Outcome, started: float, problems: list[dict[str, str]] | None = None
 ) -> None:
@@ -164,15 +179,9 @@ def _stop_when_the_cli_dies(stop: threading.Event) -> None:
 @contextmanager
 def _output_to_log(folder: AttemptFolder) -> Iterator[TextIO]:
     """Everything that libraries print goes to controller.log; what is for people goes to the returned stream."""
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as terminal:
         os.set_inheritable(terminal.fileno(), False)
-        log = os.open(folder.controller_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+        redirect_output(folder.controller_log)
         yield terminal
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distlm.checkpoint.store import CheckpointStore
+from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
@@ -24,7 +24,16 @@ from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
 from distlm.devices import cpu_multiplies_bf16
-from distlm.errors import Cancelled, DistlmError, ExitCode, InputError, Problem
+from distlm.errors import (
+    Cancelled,
+    CheckpointError,
+    DistlmError,
+    ExitCode,
+    InfrastructureError,
+    InputError,
+    Problem,
+    UnknownFormatError,
+)
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
 from distlm.worker.entry import WorkerArguments
@@ -56,17 +65,20 @@ class AttemptController:
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             prepared = self._prepare(cluster)
-            self._refuse_fewer_steps(prepared)
+            checkpoint = self._choose_checkpoint()
+            self._refuse_fewer_steps(prepared, checkpoint)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
-                outcome = self._train_and_export(recorder, cluster, prepared)
+                outcome = self._train_and_export(recorder, cluster, prepared, checkpoint)
                 ray_scope.close()  # the machines are free while the rest is sent
                 self._finish(recorder, outcome)
         return outcome
 
-    def _train_and_export(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> Outcome:
+    def _train_and_export(
+        self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None
+    ) -> Outcome:
         try:
             self._describe(recorder, cluster, prepared)
-            outcome = self._train(recorder, cluster, prepared)
+            outcome = self._train(recorder, cluster, prepared, checkpoint)
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export()
         except InputError:  # its problems are shown one by one
@@ -74,7 +86,7 @@ class AttemptController:
         except DistlmError as error:
             outcome = Outcome(error.exit_code, str(error), details=traceback.format_exc())
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
-            shutil.copytree(cluster.logs, self.folder.logs / "ray", ignore_dangling_symlinks=True)
+            _copy_logs(cluster.logs, self.folder.logs / "ray")
         return outcome
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -102,10 +114,28 @@ class AttemptController:
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
         return prepared
 
-    def _refuse_fewer_steps(self, prepared: Prepared) -> None:
-        done = max((checkpoint.step for checkpoint in CheckpointStore(self.run.checkpoints).checkpoints()), default=0)
-        if done > prepared.total_steps:
-            message = f"the run has {done} steps already; give that or more"
+    def _choose_checkpoint(self) -> Checkpoint | None:
+        """The newest good one; None: the run has none yet.
+
+        Raises:
+            CheckpointError: there are some and none is good, or one is of another format version. To go on without them
+                would be to train again what they hold.
+        """
+        checkpoint, skipped = CheckpointStore(self.run.checkpoints).latest_good()
+        for error in skipped:
+            if isinstance(error, UnknownFormatError):
+                raise error
+            self.progress.say(f"warning: a checkpoint is not used: {error}")
+        if skipped and checkpoint is None:
+            raise CheckpointError(
+                f"none of the run's checkpoints can be used, and the newest is not because {skipped[0]}; to train from "
+                f"the start, move {self.run.checkpoints} away"
+            )
+        return checkpoint
+
+    def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
+        if checkpoint and checkpoint.step > prepared.total_steps:
+            message = f"the run has {checkpoint.step} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
 
     def _get(self, reference: Any) -> Any:
@@ -125,21 +155,23 @@ class AttemptController:
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _train(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> Outcome:
+    def _train(
+        self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None
+    ) -> Outcome:
         """Incarnation after incarnation, as the policy decides."""
         incarnation = 1
         while True:
-            outcome = self._train_once(recorder, cluster, prepared, incarnation)
+            outcome = self._train_once(recorder, cluster, prepared, checkpoint, incarnation)
             if not self.policy.decide(outcome, incarnation).train_again:
                 return outcome
+            checkpoint = self._choose_checkpoint()
             incarnation += 1
 
-    def _train_once(self, recorder: Recorder, cluster: Cluster, prepared: Prepared, number: int) -> Outcome:
+    def _train_once(
+        self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None, number: int
+    ) -> Outcome:
         import ray
 
-        checkpoint, skipped = CheckpointStore(self.run.checkpoints).latest_good()
-        for reason in skipped:
-            self.progress.say(f"warning: a checkpoint is not used: {reason}")
         step = checkpoint.step if checkpoint else 0
         if step == prepared.total_steps:
             return Outcome(ExitCode.SUCCEEDED)
@@ -244,7 +276,14 @@ class AttemptController:
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         problem = ""
         timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6
-        if not recorder.close(_mlflow_status(outcome.exit_code), timeout_s):
+        try:
+            is_delivered = recorder.close(_mlflow_status(outcome.exit_code), timeout_s)
+        except InfrastructureError as error:
+            if outcome.exit_code == ExitCode.SUCCEEDED:
+                raise
+            self.progress.say(f"warning: {error}")  # the cause of both, if it is one, is in the outcome
+            return
+        if not is_delivered:
             problem = recorder.tracker_problem
         elif self._tracker and self.config.tracking.log_model and outcome.exit_code == ExitCode.SUCCEEDED:
             from distlm.tracking.model_upload import upload_once
@@ -273,6 +312,14 @@ class AttemptController:
             return self._tracker
 
         return connect_to_mlflow
+
+
+def _copy_logs(source: Path, destination: Path) -> None:
+    """A help in finding a cause, and no cause of its own: where there is no room, nothing is copied."""
+    try:
+        shutil.copytree(source, destination, ignore_dangling_symlinks=True)
+    except OSError:
+        shutil.rmtree(destination, ignore_errors=True)
 
 
 def _mlflow_status(exit_code: ExitCode) -> str:

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.config.schema import RunConfig
 from distlm.controller.cluster import Cluster, node_addresses
 from distlm.errors import InputError, Problem
@@ -77,14 +78,15 @@ def _write_probe(folder: str, name: str) -> str:
 
 def check_free_space(config: RunConfig, run: RunFolder, num_parameters: int) -> None:
     """Raise InputError if the checkpoints that are kept (the best one beside the newest), and the one being written, do
-    not fit."""
+    not fit beside those that are there."""
     kept = (config.training.save_total_limit or 1) + bool(config.training.eval_steps) + 1
-    needed = num_parameters * (_BYTES_PER_PARAMETER * kept + 4)
+    to_come = max(1, kept - len(CheckpointStore(run.checkpoints).checkpoints()))
+    needed = num_parameters * (_BYTES_PER_PARAMETER * to_come + 4)
     free = shutil.disk_usage(run.path).free
     if needed > free:
         raise InputError(
             Problem(
-                f"{free / 2**30:.1f} GiB are free, and {kept} checkpoints and the model of {num_parameters:,} "
+                f"{free / 2**30:.1f} GiB are free, and {to_come} checkpoints and the model of {num_parameters:,} "
                 f"parameters need {needed / 2**30:.1f} GiB; make room or lower training.save_total_limit",
                 "runs_dir",
                 str(run.runs_dir),

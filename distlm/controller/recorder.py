@@ -8,9 +8,11 @@ of its own brings the file's content to the tracker. The file is the truth; the 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +23,11 @@ from distlm.tracking import Tracker
 from distlm.tracking.delivery import DeliveryThread
 from distlm.tracking.records import POINT_KINDS, encode_line, now_ms
 
+_log = logging.getLogger(__name__)
+
 _FSYNC_INTERVAL_S = 5.0
+_MAX_WAITING_BYTES = 64 * 2**20
+_RESERVE_BYTES = 256 * 2**10
 
 
 class RecorderMailbox:
@@ -55,8 +61,9 @@ class RecorderMailbox:
 class Recorder:
     """Appends to the metrics.jsonl of one attempt, and has it delivered to the tracker. For the controller only.
 
-    Every method that records raises InfrastructureError if the file cannot be written; the file is then as it was
-    before the call. No method but `check_tracker` and `close` waits for the tracker.
+    A full disk need not end a run: what the file does not take waits in memory, and every call of `record` tries again.
+    Every method that records raises InfrastructureError when too much waits. No method but `check_tracker` and `close`
+    waits for the tracker.
     """
 
     def __init__(
@@ -64,8 +71,13 @@ class Recorder:
     ) -> None:
         """`connect` makes the tracker and is called in a thread, again until it succeeds; None: files only."""
         self._path = attempt.metrics_jsonl
-        self._size = _cut_torn_line(self._path)
+        _cut_torn_line(self._path)
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._reserve = attempt.path / ".metrics.reserve"  # room for what waits when the run ends for want of room
+        with suppress(OSError):
+            self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+        self._waiting = bytearray()  # from the first byte on that the file has not got
+        self.storage_problem = ""  # why lines wait, in one line; empty when none do
         self._closed = False
         self._last_fsync_s = time.monotonic()
         self._run_path = run_folder.path
@@ -82,13 +94,14 @@ class Recorder:
             self.close("FINISHED" if error is None else "FAILED")
 
     def record(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Append what `RecorderMailbox.drain` returned, one line each."""
-        if messages:
-            self._append(b"".join(encode_line(message) for message in messages))
-            if self._delivery:
-                self._delivery.wake()
-        if time.monotonic() - self._last_fsync_s >= _FSYNC_INTERVAL_S:
-            self._fsync()
+        """Append what `RecorderMailbox.drain` returned, one line each, after what waits."""
+        self._waiting += b"".join(encode_line(message) for message in messages)
+        is_new = bool(self._waiting)
+        self._append(fsync=time.monotonic() - self._last_fsync_s >= _FSYNC_INTERVAL_S)
+        if is_new and self._delivery:
+            self._delivery.wake()
+        if len(self._waiting) > _MAX_WAITING_BYTES:
+            raise self._error()
 
     def restored(self, step: int, incarnation: int) -> None:
         """Note that `incarnation` begins after `step`; what earlier ones recorded for later steps is superseded."""
@@ -138,37 +151,53 @@ class Recorder:
         """Record how the attempt ended (FINISHED, FAILED or KILLED) and flush; whether the tracker has everything.
 
         Waits for the tracker for at most `timeout_s`. What is missing then, `distlm.tracking.delivery.sync` sends.
+
+        Raises:
+            InfrastructureError: the file has not got everything, or not durably.
         """
-        self.record([{"kind": "status", "status": status, "timestamp_ms": now_ms()}])
-        self._fsync()
-        os.close(self._descriptor)
         self._closed = True
+        with suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
+        try:
+            self.record([{"kind": "status", "status": status, "timestamp_ms": now_ms()}])
+            self._append(fsync=True)
+        finally:
+            os.close(self._descriptor)
+        if self.storage_problem:
+            with suppress(OSError):
+                _cut_torn_line(self._path)
+            raise self._error()
         return self._delivery.close(timeout_s) if self._delivery else True
 
-    def _append(self, lines: bytes) -> None:
+    def _append(self, fsync: bool) -> None:
+        """Write what waits, as far as the storage takes it. A line that is cut there goes on where it was cut; until
+        then readers leave it out."""
         try:
-            written = 0
-            while written < len(lines):
-                written += os.write(self._descriptor, lines[written:])
+            while self._waiting:
+                written = os.write(self._descriptor, self._waiting)
+                del self._waiting[:written]
+            if fsync:
+                os.fsync(self._descriptor)
+                self._last_fsync_s = time.monotonic()
         except OSError as error:
-            os.ftruncate(self._descriptor, self._size)
-            raise InfrastructureError(
-                f"cannot append to {self._path}: {error.strerror}; make room or mend the storage, then resume the run"
-            ) from error
-        self._size += written
+            if not self.storage_problem:
+                _log.warning("cannot append to %s, its lines wait in memory: %s", self._path, error.strerror)
+            self.storage_problem = error.strerror or str(error)
+        else:
+            self.storage_problem = ""
 
-    def _fsync(self) -> None:
-        os.fsync(self._descriptor)
-        self._last_fsync_s = time.monotonic()
+    def _error(self) -> InfrastructureError:
+        return InfrastructureError(
+            f"cannot append to {self._path}: {self.storage_problem}; make room or mend the storage, then resume the run"
+        )
 
 
-def _cut_torn_line(path: Path) -> int:
-    """Remove a last line without newline, left by a controller that was killed while writing; the size in bytes."""
+def _cut_torn_line(path: Path) -> None:
+    """Remove a last line without newline, left by a controller that was killed, or found no room, while writing."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return 0
+        return
     size = content.rfind(b"\n") + 1
     if size < len(content):
         os.truncate(path, size)
-    return size

@@ -138,13 +138,12 @@ def _clean_up_after(attempt: AttemptFolder) -> None:
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    write_json(
-        attempt.result_json,
-        {
-            "state": ExitCode.INFRASTRUCTURE.name.lower(),
-            "exit_code": int(ExitCode.INFRASTRUCTURE),
-            "message": "the controller was killed",
-            "problems": [],
-            "log": str(attempt.controller_log),
-        },
-    )
+    result = {
+        "state": ExitCode.INFRASTRUCTURE.name.lower(),
+        "exit_code": int(ExitCode.INFRASTRUCTURE),
+        "message": "the controller was killed",
+        "problems": [],
+        "log": str(attempt.controller_log),
+    }
+    with suppress(OSError):  # the storage may be what failed
+        write_json(attempt.result_json, result)

@@ -192,11 +192,28 @@ def build_optimizer(
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> DeepSpeedEngine:
-    """Hand model and optimizer to DeepSpeed; collective. Train through the returned engine and `accelerator`."""
+    """Hand model and optimizer to DeepSpeed; collective. Train through the returned engine and `accelerator`.
+
+    Raises:
+        InputError: the model cannot be trained at this ZeRO stage.
+    """
+    if accelerator.state.deepspeed_plugin.zero_stage == 3:
+        _refuse_empty_parameters(model)
     engine, _ = accelerator.prepare(model, optimizer)
     if engine.zero_optimization_stage() == 0:
         _watch_grad_norm(engine)
     return engine
+
+
+def _refuse_empty_parameters(model: nn.Module) -> None:
+    """DeepSpeed 0.19.8 never gathers a parameter without elements, and fails in the first forward pass.
+
+    MobileBERT has one where its embedding_size is its hidden_size.
+    """
+    for name, parameter in model.named_parameters():
+        if full_shape(parameter).numel() == 0:
+            message = f"the parameter {name} of the model has no elements, which stage 3 cannot train; use 0, 1 or 2"
+            raise InputError(Problem(message, "deepspeed.zero_stage", "3"))
 
 
 def _watch_grad_norm(engine: DeepSpeedEngine) -> None:

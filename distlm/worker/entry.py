@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -82,6 +83,7 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
     from distlm.tracking.records import Record, now_ms
     from distlm.worker.metrics import SystemMonitor
     from distlm.worker.prepare import Prepared
+    from distlm.worker.rehearsal import make_sample_log
     from distlm.worker.train import WorkerContext, train
 
     run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))
@@ -101,6 +103,7 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
         checkpoint=Checkpoint(told.checkpoint_step, Path(told.checkpoint)) if told.checkpoint else None,
         report=report,
         warn=lambda message: push({"kind": "event", "event": "warning", "message": message}),
+        on_samples=make_sample_log(run, attempt, config, rank),
     )
     with ExitStack() as scope:
         if monitored_node is not None:
@@ -116,6 +119,16 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
         train(context)
 
 
+class _Output(io.FileIO):
+    """Standard output or error in a log: what a full disk does not take is lost, and ends nobody who prints."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
 def redirect_output(log: Path) -> None:
     """Send this process's output, that of C++ libraries included, to a file that outlives Ray's temporary folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -125,3 +138,9 @@ def redirect_output(log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(_Output(number, "w", closefd=False)), "utf-8", "backslashreplace", line_buffering=True
+        )
+        for number in (1, 2)
+    )

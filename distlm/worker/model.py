@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
+from distlm.run_folder import whole_folder
 
 
 def pretrained_config(name_or_path: str) -> PretrainedConfig:
@@ -167,7 +166,10 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
             raise InputError(Problem(message, "model.attn_implementation", attn)) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
         raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
-    _save_whole(model, folder)
+    with whole_folder(folder) as temporary:
+        # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
+        # there that are several in the module. `from_pretrained` reads both.
+        model.save_pretrained(temporary, save_original_format=False)
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -202,27 +204,18 @@ def load_model(folder: Path, attn_implementation: str, gradient_checkpointing: b
     return model
 
 
-def export_model(initial: Path, parameters: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write `folder` in Hugging Face format: the architecture of `initial` with the trained fp32 `parameters`."""
-    model: Any = AutoModelForMaskedLM.from_pretrained(initial, dtype=torch.float32, local_files_only=True)
-    names = {name for name, _ in model.named_parameters()}
-    if names != parameters.keys():
-        different = sorted(names ^ parameters.keys())
-        raise ValueError(f"the checkpoint and the model differ in {len(different)} parameters, such as {different[0]}")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name])
-    _save_whole(model, folder)
+def parameter_aliases(folder: Path) -> dict[str, list[str]]:
+    """Every name of each trainable parameter of a saved model, tied ones included, by each of its names.
 
-
-def _save_whole(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's folder so that it appears complete or not at all; one of before is replaced."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    Computes no weight, and holds none: the model is built from its config on torch's meta device.
+    """
+    model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(model_config)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() for name in group}
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from distlm.data.pack import PackedDataset
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
 from distlm.tasks import Batch, Task, make_task
+from distlm.verify_resume.samples import MicroBatch
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
 from distlm.worker.engine import (
@@ -62,6 +63,8 @@ class WorkerContext:
     """report(step, values) hands metrics to the recorder without waiting. Called on rank 0 only."""
     warn: Callable[[str], None]
     """Tells the user something in one line. Called on rank 0 only."""
+    on_samples: Callable[[list[MicroBatch]], None] | None = None
+    """Is told on every rank what it trains on in a step, before it does."""
 
 
 def train(context: WorkerContext) -> None:
@@ -166,6 +169,9 @@ class Worker:
         # DeepSpeed averages over workers and accumulation steps; this makes it the mean over all targets of the step.
         scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=1)
         set_learning_rate(self.engine, self.schedule(step))
+        if self.context.on_samples:
+            told = zip(micro_batches, batches, strict=True)
+            self.context.on_samples([self._micro_batch(step, m, batch) for m, batch in told])
         for m, batch in zip(micro_batches, batches, strict=True):
             torch.manual_seed(dropout_seed(self.config.seed, step, m))
             with self.accelerator.accumulate(self.engine):
@@ -259,6 +265,13 @@ class Worker:
         epochs, indices = samples(first_position, count, len(self.train_data), self.config.seed)
         return self.task.collate(self.train_data[indices], epochs, indices, training=True)
 
+    def _micro_batch(self, step: int, number: int, batch: Batch) -> MicroBatch:
+        """Which samples a micro batch holds, for the record."""
+        first, count = self.first_position(step, number), self.plan.micro_batch
+        epochs, indices = samples(first, count, len(self.train_data), self.config.seed)
+        positions = list(range(first, first + count))
+        return MicroBatch(step, number, positions, epochs.tolist(), indices.tolist(), batch_sha256(batch))
+
     def evaluation_batches(self) -> Iterator[Batch]:
         """This worker's share of the evaluation: the same number of batches of the same size on every worker, since a
         forward pass is collective under ZeRO-3. Places beyond the end hold a sample that is not counted."""
@@ -297,8 +310,7 @@ class Worker:
 
     def _fingerprint(self, position: int) -> str:
         """Hash of the micro batch that begins at a position, as the model would see it."""
-        batch = self.samples(position, self.plan.micro_batch)
-        return hashlib.sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()
+        return batch_sha256(self.samples(position, self.plan.micro_batch))
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
@@ -339,6 +351,11 @@ class Worker:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
+
+
+def batch_sha256(batch: Batch) -> str:
+    """Hash of a batch on the host, as the model will see it."""
+    return hashlib.sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -17,7 +17,9 @@ data: {train: [{source: python-docs}]}
 training: {max_steps: 10}
 """
 HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
-CONTROL_PLANE = ["cli.py", "errors.py", "run_folder.py", "checkpoint", "config", "launchers", "data/sources.py"]
+CONTROL_PLANE = [
+    "cli.py", "errors.py", "run_folder.py", "checkpoint", "config", "launchers", "verify_resume", "data/sources.py",
+]  # fmt: skip
 DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")
 
 

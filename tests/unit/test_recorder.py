@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distlm.controller.recorder import Recorder, RecorderMailbox
-from distlm.errors import AttestationError
+from distlm.errors import AttestationError, InfrastructureError
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, read_json
 from distlm.tracking import Point, RefusedError
@@ -263,29 +266,86 @@ def test_without_a_tracker_the_file_is_all(run: RunFolder) -> None:
     assert recorder.close("FINISHED")
 
 
-def test_a_failed_append_leaves_the_file_as_it_was(run: RunFolder) -> None:
-    """A process with a file-size limit stands for a full disk: the write is cut short, then refused."""
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """A function that sets how large a file may become: the write is cut short, then refused, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def numbers(attempt: AttemptFolder) -> list[int]:
+    return [message["number"] for _, message in read_lines(attempt.metrics_jsonl) if message["kind"] == "event"]
+
+
+def test_while_the_disk_is_full_lines_wait_and_none_is_lost(run: RunFolder, small_disk: Callable[[int], None]) -> None:
+    attempt, tracker = run.new_attempt(), MemoryTracker()
+    recorder = Recorder(run, attempt, lambda: tracker)
+    small_disk(1000)
+    for number in range(100):
+        recorder.record([{"kind": "event", "number": number, "text": "x" * 50}])
+    assert recorder.storage_problem == "File too large"
+    assert attempt.metrics_jsonl.stat().st_size == 1000
+    seen = numbers(attempt)
+    assert 5 < len(seen) < 20 and seen == list(range(len(seen))), "the line that was cut is left out"
+    recorder.record([metrics(1)])
+    small_disk(2000)
+    recorder.record([])
+    assert len(seen) < len(numbers(attempt)) < 40
+    small_disk(10**6)
+    recorder.record([])
+    assert numbers(attempt) == list(range(100)) and recorder.storage_problem == ""
+    assert recorder.close("FINISHED", timeout_s=30)
+    assert steps_of(tracker) == [1]
+    lines = [json.loads(line) for line in attempt.metrics_jsonl.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["status", *["event"] * 100, "metrics", "status"]
+
+
+def test_too_many_waiting_lines_are_an_error(
+    run: RunFolder, small_disk: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distlm.controller.recorder._MAX_WAITING_BYTES", 5000)
     attempt = run.new_attempt()
-    code = f"""
-import resource, signal, sys
-from pathlib import Path
-from distlm.controller.recorder import Recorder
-from distlm.errors import InfrastructureError
-from distlm.run_folder import AttemptFolder, RunFolder
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-recorder = Recorder(RunFolder(Path({str(run.path)!r})), AttemptFolder(Path({str(attempt.path)!r})))
-recorder.record([{{"kind": "event", "text": "fits"}}])
-try:
-    recorder.record([{{"kind": "event", "text": "x" * 2000}}])
-except InfrastructureError as error:
-    assert "make room" in str(error)
-    recorder.record([{{"kind": "event", "text": "fits again"}}])
-    sys.exit(0)
-sys.exit("the write was not refused")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert [message.get("text") for _, message in read_lines(attempt.metrics_jsonl)] == [None, "fits", "fits again"]
+    recorder = Recorder(run, attempt)
+    small_disk(1000)
+    recorder.record([{"kind": "event", "number": 0, "text": "x" * 5000}])
+    with pytest.raises(InfrastructureError, match=r"cannot append to .*metrics.jsonl: File too large; make room"):
+        recorder.record([{"kind": "event", "number": 1, "text": "x" * 5000}])
+    small_disk(10**6)
+    recorder.close("FAILED")
+    assert numbers(attempt) == [0, 1]
+
+
+def test_lines_that_still_wait_at_the_end_are_an_error(run: RunFolder, small_disk: Callable[[int], None]) -> None:
+    attempt = run.new_attempt()
+    with pytest.raises(InfrastructureError, match="File too large"), Recorder(run, attempt) as recorder:
+        recorder.record([{"kind": "event", "number": 0}])
+        small_disk(attempt.metrics_jsonl.stat().st_size + 10)
+        recorder.record([{"kind": "event", "number": 1}])
+    assert attempt.metrics_jsonl.read_bytes().endswith(b"\n"), "no torn line is left"
+    assert numbers(attempt) == [0]
+
+
+@pytest.mark.parametrize("function", ["write", "fsync"])
+def test_a_storage_error_passes(run: RunFolder, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """EIO, which no limit can bring about."""
+    monkeypatch.setattr("distlm.controller.recorder._FSYNC_INTERVAL_S", 0.0)
+    attempt = run.new_attempt()
+    recorder = Recorder(run, attempt)
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        recorder.record([{"kind": "event", "number": 0}])
+        assert recorder.storage_problem == "Input/output error"
+    recorder.record([{"kind": "event", "number": 1}])
+    assert recorder.storage_problem == ""
+    assert recorder.close("FINISHED")
+    assert numbers(attempt) == [0, 1]
 
 
 def test_a_killed_controller_loses_nothing_that_it_recorded(run: RunFolder) -> None:
