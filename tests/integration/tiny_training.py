@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,25 @@ def settings(
 
 
 def fresh_engine(engine_settings: EngineSettings, init: Path, frozen_prefix: str = "") -> tuple[Any, Any]:
-    """(accelerator, engine), as if in a new process: Accelerate's process-wide state is forgotten first.
+    """(accelerator, engine) of the tiny BERT; parameters whose names start with `frozen_prefix`, if given, are
+    frozen."""
 
-    Parameters whose names start with `frozen_prefix`, if given, do not train.
-    """
+    def make_model() -> Any:
+        model = load_model(init)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen_prefix and name.startswith(frozen_prefix)))
+        return model
+
+    return engine_of(engine_settings, make_model)
+
+
+def engine_of(engine_settings: EngineSettings, make_model: Callable[[], torch.nn.Module]) -> tuple[Any, Any]:
+    """(accelerator, engine), as if in a new process: Accelerate's process-wide state is forgotten first."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(engine_settings)
-    model = load_model(init)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (frozen_prefix and name.startswith(frozen_prefix)))
+    model = make_model()
     return accelerator, prepare(accelerator, model, adamw(model))
 
 
@@ -100,20 +108,29 @@ def num_masked_tokens(batches: Sequence[tuple[Tensor, Tensor]]) -> int:
 
 
 def train_step(
-    accelerator: Any, engine: Any, step: int, learning_rate: float = LEARNING_RATE, loss_factor: float = 1.0
+    accelerator: Any,
+    engine: Any,
+    step: int,
+    learning_rate: float = LEARNING_RATE,
+    loss_factor: float = 1.0,
+    num_micro_batches: int = MICRO_BATCHES_PER_STEP,
+    loss_of: Callable[[Any, Tensor, Tensor], Tensor] = loss_sum,
 ) -> float:
-    """One optimizer step on the step's micro batches; returns the mean loss per masked token over all ranks."""
+    """One optimizer step on the step's micro batches; returns the mean loss per masked token over all ranks.
+
+    `loss_of(engine, input_ids, labels)` is summed over a micro batch.
+    """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    batches = [micro_batch(step, index) for index in range(MICRO_BATCHES_PER_STEP)]
+    batches = [micro_batch(step, index) for index in range(num_micro_batches)]
     num_tokens = num_masked_tokens(batches)
     set_learning_rate(engine, learning_rate)
     total = torch.zeros(())
-    for index in range(rank, MICRO_BATCHES_PER_STEP, world_size):
+    for index in range(rank, num_micro_batches, world_size):
         torch.manual_seed(10_000 * step + index)
-        loss = loss_sum(engine, *batches[index])
+        loss = loss_of(engine, *batches[index])
         total += loss.detach() / num_tokens
         with accelerator.accumulate(engine):
-            accelerator.backward(loss_factor * loss * MICRO_BATCHES_PER_STEP / num_tokens)
+            accelerator.backward(loss_factor * loss * num_micro_batches / num_tokens)
     torch.distributed.all_reduce(total)
     return total.item()
 
