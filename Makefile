@@ -27,6 +27,7 @@ test: lint
 
 bench: setup
 	$(BIN)/python benchmarks/control_plane.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -65,7 +65,7 @@ class AttemptController:
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             prepared = self._prepare(cluster)
-            checkpoint = self._choose_checkpoint()
+            checkpoint = checkpoint_to_continue(self.run, self.progress)
             self._refuse_fewer_steps(prepared, checkpoint)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
                 outcome = self._train_and_export(recorder, cluster, prepared, checkpoint)
@@ -114,25 +114,6 @@ class AttemptController:
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
         return prepared
 
-    def _choose_checkpoint(self) -> Checkpoint | None:
-        """The newest good one; None: the run has none yet.
-
-        Raises:
-            CheckpointError: there are some and none is good, or one is of another format version. To go on without them
-                would be to train again what they hold.
-        """
-        checkpoint, skipped = CheckpointStore(self.run.checkpoints).latest_good()
-        for error in skipped:
-            if isinstance(error, UnknownFormatError):
-                raise error
-            self.progress.say(f"warning: a checkpoint is not used: {error}")
-        if skipped and checkpoint is None:
-            raise CheckpointError(
-                f"none of the run's checkpoints can be used, and the newest is not because {skipped[0]}; to train from "
-                f"the start, move {self.run.checkpoints} away"
-            )
-        return checkpoint
-
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
         if checkpoint and checkpoint.step > prepared.total_steps:
             message = f"the run has {checkpoint.step} steps already; give that or more"
@@ -164,7 +145,7 @@ class AttemptController:
             outcome = self._train_once(recorder, cluster, prepared, checkpoint, incarnation)
             if not self.policy.decide(outcome, incarnation).train_again:
                 return outcome
-            checkpoint = self._choose_checkpoint()
+            checkpoint = checkpoint_to_continue(self.run, self.progress)
             incarnation += 1
 
     def _train_once(
@@ -312,6 +293,26 @@ class AttemptController:
             return self._tracker
 
         return connect_to_mlflow
+
+
+def checkpoint_to_continue(run: RunFolder, progress: Progress) -> Checkpoint | None:
+    """The newest good checkpoint; None: the run has none yet. Newer ones that are damaged are named in the progress.
+
+    Raises:
+        CheckpointError: there are some and none is good, or a newer one is of another format version. To go on without
+            them would be to train again, perhaps from the start, what they hold.
+    """
+    checkpoint, skipped = CheckpointStore(run.checkpoints).latest_good()
+    for error in skipped:
+        if isinstance(error, UnknownFormatError):
+            raise error
+        progress.say(f"warning: a checkpoint is not used: {error}")
+    if skipped and checkpoint is None:
+        raise CheckpointError(
+            f"none of the run's checkpoints can be used; the newest: {skipped[0]}; to train from the start, move "
+            f"{run.checkpoints} away"
+        )
+    return checkpoint
 
 
 def _copy_logs(source: Path, destination: Path) -> None:

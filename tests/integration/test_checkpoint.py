@@ -196,9 +196,9 @@ def test_a_damaged_checkpoint_is_refused_and_skipped(
     with pytest.raises(CheckpointError, match=reason):
         verify(checkpoint_at(checkpoints, 5))
     with caplog.at_level(logging.WARNING):
-        good, reasons = CheckpointStore(checkpoints).latest_good()
+        good, skipped = CheckpointStore(checkpoints).latest_good()
     assert good == checkpoint_at(checkpoints, 3)
-    assert len(reasons) == 1 and reasons[0] in caplog.text
+    assert len(skipped) == 1 and str(skipped[0]) in caplog.text
 
 
 def save_with_frozen_embeddings(folder: Path, init: Path, other_init: Path) -> dict[int, list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distlm.checkpoint.manifest import KINDS, Fragment, Manifest, Optimizer, Parameter, Progress
 from distlm.checkpoint.reader import ITEM_BYTES, CheckpointReader
-from distlm.checkpoint.store import Checkpoint, CheckpointStore
+from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 
 WORLD_SIZE = 2
 SMALL = {"bert.a": [50], "bert.b.weight": [7, 11], "bert.c": [], "bert.d": [3, 1, 5]}
@@ -59,6 +59,13 @@ def write(
         shards=shards,
     )
     return store.commit(temporary, manifest)
+
+
+def give_format_version(checkpoint: Checkpoint, version: int) -> None:
+    """As another distlm would have written it, with its own hash right."""
+    path = checkpoint.path / MANIFEST_NAME
+    manifest = Manifest.from_json(path.read_text())
+    path.write_text(manifest.model_copy(update={"format_version": version}).to_json())
 
 
 def read(checkpoint: Checkpoint, manifest: Manifest) -> dict[tuple[str, str], bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fabricated import give_format_version
 
 from distlm.checkpoint.listing import BestBy, best_by, human_size, list_checkpoints
 from distlm.checkpoint.manifest import Fragment, Manifest, Optimizer, Parameter, Progress
@@ -123,11 +124,17 @@ def test_a_cut_file_and_a_missing_one_need_no_verify(run: RunFolder) -> None:
 
 
 def test_an_unknown_format_version_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    rewrite_manifest(commit(run, 7), format_version=99)
+    commit(run, 5)
+    give_format_version(commit(run, 7), 99)
     code, out, _ = command(run, capsys)
     assert code == ExitCode.INFRASTRUCTURE
-    assert "damaged: step-00000007/manifest.json has format version 99, and this distlm reads 2" in out
-    assert "resume" not in out
+    assert "unknown: step-00000007/manifest.json has format version 99, and this distlm reads 2; use the distlm" in out
+    assert "resume" not in out, "a resume does not pass over it"
+    commit(run, 9)
+    _, newest, middle, _ = command(run, capsys)[1].splitlines()
+    assert "resume" in newest and "unknown" in middle
+    rewrite_manifest(commit(run, 9), format_version=98)
+    assert "damaged: step-00000009/manifest.json has format version 98, and" in command(run, capsys)[1]
 
 
 def test_what_is_unfinished_is_neither_good_nor_damaged(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

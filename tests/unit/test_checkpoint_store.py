@@ -91,9 +91,9 @@ def require_consistent(folder: Path) -> Checkpoint | None:
     found = store.checkpoints()
     assert [c.step for c in found] == sorted({c.step for c in found}, reverse=True)
     good = [checkpoint for checkpoint in found if accepts(checkpoint)]
-    latest, reasons = store.latest_good()
+    latest, skipped = store.latest_good()
     assert latest == (good[0] if good else None)
-    assert len(reasons) == (found.index(latest) if latest else len(found))
+    assert len(skipped) == (found.index(latest) if latest else len(found))
     store.best("eval/loss", False)
 
     store.prune(1)
@@ -641,9 +641,9 @@ def test_killed_at_any_moment_nothing_committed_is_lost(tmp_path: Path) -> None:
         left.update(re.sub(r"[0-9]+|-[0-9a-z]+$", "", path.name) for path in folder.glob(".*"))
 
         store = CheckpointStore(folder)
-        latest, reasons = store.latest_good()
-        told = f"kill {number} after {delay_s:.4f} s: announced {announced}, found {latest}, {reasons}"
-        assert not reasons, told
+        latest, skipped = store.latest_good()
+        told = f"kill {number} after {delay_s:.4f} s: announced {announced}, found {latest}, {skipped}"
+        assert not skipped, told
         assert (latest.step if latest else 0) in (announced, announced + 1), told
         if latest:
             assert read(latest, store.manifest(latest)) == state(latest.step, LARGE), told

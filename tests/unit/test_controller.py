@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 import time
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fabricated import give_format_version, write
 
+from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
+from distlm.config.load import load_tree
 from distlm.controller.__main__ import main, write_result
+from distlm.controller.attempt import checkpoint_to_continue
 from distlm.controller.policy import Outcome, StopAtFirstFailure
+from distlm.controller.preflight import check_free_space
 from distlm.controller.progress import Progress, format_duration
 from distlm.controller.trainer import first_failure
-from distlm.errors import ExitCode, InputError
+from distlm.errors import CheckpointError, ExitCode, InputError, UnknownFormatError
 from distlm.run_folder import (
     AttemptFolder,
     RunFolder,
@@ -166,3 +172,64 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
         read_json(attempt.result_json)
     with pytest.raises(InputError, match=r"run\.yaml is missing"):
         read_yaml(run.run_yaml)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def run_with_checkpoints(tmp_path: Path, *steps: int) -> RunFolder:
+    run, _ = make_run(tmp_path)
+    store = CheckpointStore(run.checkpoints)
+    store.clean()
+    for step in steps:
+        write(store, step)
+    return run
+
+
+def manifest_of(run: RunFolder, step: int) -> Path:
+    return run.checkpoints / f"step-{step:08d}" / MANIFEST_NAME
+
+
+def test_a_new_run_begins_from_the_start(tmp_path: Path) -> None:
+    assert checkpoint_to_continue(make_run(tmp_path)[0], Progress(io.StringIO())) is None
+
+
+def test_the_newest_good_checkpoint_is_continued_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    run, said = run_with_checkpoints(tmp_path, 10, 20, 30), io.StringIO()
+    manifest_of(run, 30).write_text("{")
+    (run.checkpoints / "step-99999999").mkdir()
+    assert checkpoint_to_continue(run, Progress(said)) == Checkpoint(20, run.checkpoints / "step-00000020")
+    first, second = said.getvalue().splitlines()
+    assert "step-99999999" in first and "never committed" in first and "step-00000030" in second
+
+
+def test_where_no_checkpoint_is_good_training_does_not_begin_from_the_start(tmp_path: Path) -> None:
+    run = run_with_checkpoints(tmp_path, 10, 20)
+    for step in (10, 20):
+        manifest_of(run, step).write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"none of the run's checkpoints .*step-00000020/manifest\.json is damaged.* move .* away"
+    ):
+        checkpoint_to_continue(run, Progress(io.StringIO()))
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    """To continue an older one would be to train again what it holds, and then to replace it."""
+    run = run_with_checkpoints(tmp_path, 10, 20)
+    give_format_version(Checkpoint(20, run.checkpoints / "step-00000020"), 99)
+    with pytest.raises(UnknownFormatError, match="has format version 99, and this distlm reads 2; use the distlm that"):
+        checkpoint_to_continue(run, Progress(io.StringIO()))
+    write(CheckpointStore(run.checkpoints), 30)  # a newer one that is good leaves nothing to train again
+    assert checkpoint_to_continue(run, Progress(io.StringIO())) == Checkpoint(30, run.checkpoints / "step-00000030")
+
+
+def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has filled its disk with the two that it keeps can be resumed: there is room for the next one."""
+    training = {"max_steps": 9, "save_total_limit": 2}
+    config = load_tree({"model": {"config": {}}, "data": {"train": [{"source": "python-docs"}]}, "training": training})
+    num_parameters = 1000
+    free = num_parameters * (12 + 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    check_free_space(config.config, run_with_checkpoints(tmp_path / "resumed", 10, 20), num_parameters)
+    with pytest.raises(InputError, match="3 checkpoints and the model of 1,000 parameters need"):
+        check_free_space(config.config, make_run(tmp_path / "new")[0], num_parameters)
