@@ -19,7 +19,12 @@ def saved_state(path: Path) -> dict[tuple[str, str], torch.Tensor]:
         for tensor_name, tensor in load_file(path / file).items():
             parameter, kind, start = tensor_name.rsplit(":", 2)
             parts.setdefault((parameter, kind), []).append((int(start), tensor))
-    whole = {}
+    whole = {
+        (name, kind): torch.empty(shape)  # without elements there is nothing of it in any file
+        for name, shape in shapes.items()
+        if math.prod(shape) == 0
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
     for (parameter, kind), found in parts.items():
         flat = torch.cat([tensor for _, tensor in sorted(found, key=lambda part: part[0])])
         assert flat.dtype == torch.float32 and flat.numel() == math.prod(shapes[parameter])

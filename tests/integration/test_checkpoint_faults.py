@@ -57,9 +57,15 @@ def checkpoint_at(folder: Path, step: int) -> Checkpoint:
 def fill(folder: Path, leave_bytes: int = 0) -> Path:
     """Write a file that takes all room but `leave_bytes`, and return it."""
     ballast = folder / "ballast"
-    room = shutil.disk_usage(folder).free - leave_bytes
-    with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, room)
+
+    def is_full() -> bool:
+        room = shutil.disk_usage(folder).free - leave_bytes
+        with open(ballast, "wb") as file, suppress(OSError):  # somebody else has just taken some of it
+            os.posix_fallocate(file.fileno(), 0, room)
+            return True
+        return False
+
+    wait_until(is_full, 10, "a file that takes all room")
     return ballast
 
 
@@ -221,7 +227,8 @@ def test_ranks_killed_while_they_write_lose_nothing_committed(tmp_path: Path, in
         victims = draw.choice(([0], [1], [0, 1]))
         saves, delay_s = draw.randint(0, 2), draw.uniform(0.0, 0.03)
         receiver, sender = processes.Pipe(duplex=False)
-        port = free_port()
+        port, store = free_port(), CheckpointStore(folder)
+        leftovers = set(store.unfinished())  # of the kill before
         ranks = [
             processes.Process(target=rank_main, args=(rank, port, folder, init, sender)) for rank in range(WORLD_SIZE)
         ]
@@ -231,9 +238,8 @@ def test_ranks_killed_while_they_write_lose_nothing_committed(tmp_path: Path, in
         if number < NUM_KILLS:
             for _ in range(saves):
                 announced = receiver.recv()
-            store = CheckpointStore(folder)
             before = announced
-            wait_until(store.unfinished, 120, "a save under way")
+            wait_until(lambda: set(store.unfinished()) - leftovers, 120, "a save under way")  # noqa: B023 - called here
             time.sleep(delay_s)  # the moment is what is tested
             for victim in victims:
                 ranks[victim].kill()

@@ -27,7 +27,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from saved_state import saved_weights
 
-from distlm.checkpoint.store import CheckpointStore
+from distlm.checkpoint.manifest import Manifest
+from distlm.checkpoint.store import MANIFEST_NAME, CheckpointStore
 from distlm.data.order import samples
 from distlm.data.pack import PackedDataset
 from distlm.errors import ExitCode
@@ -312,6 +313,23 @@ class TestSuccess:
         assert history(place, success.run, "eval/loss") == [10, 20, 30]
         assert CheckpointStore(success.run.checkpoints).checkpoints()[0].step == 30
         place.require_nothing_left(success.run)
+
+    def test_a_resume_from_another_format_is_refused_and_loses_nothing(self, place: Place, success: Command) -> None:
+        """As if another version of distlm had written the newest one; the one before it is good."""
+        newest, *others = CheckpointStore(success.run.checkpoints).checkpoints()
+        assert others
+        path = newest.path / MANIFEST_NAME
+        text = path.read_text()
+        path.write_text(Manifest.from_json(text).model_copy(update={"format_version": 99}).to_json())
+        before = history(place, success.run, "train/loss"), sorted(success.run.checkpoints.rglob("*"))
+        command = place.start("resume", success.run.run_id, "training.max_steps=40")
+        assert command.wait() == ExitCode.INFRASTRUCTURE, (command.out, command.err)
+        cause = command.err.splitlines()[0]
+        assert cause.endswith("has format version 99, and this distlm reads 2; use the distlm that wrote it")
+        assert str(path) in cause and "starting 2 workers" not in command.out
+        assert (history(place, success.run, "train/loss"), sorted(success.run.checkpoints.rglob("*"))) == before
+        assert place.mlflow_run(success.run).info.status == "FINISHED"
+        path.write_text(text)
 
 
 def prepared(run: RunFolder) -> dict[str, Any]:
