@@ -176,7 +176,7 @@ class SlowStore(CheckpointStore):
         for piece in content:
             flat = piece.cast("B")
             for start in range(0, len(flat), 4096):
-                time.sleep(0.0002)  # a slow disk
+                time.sleep(0.001)  # a slow disk
                 yield flat[start : start + 4096]
 
 
@@ -257,6 +257,7 @@ def test_ranks_killed_while_they_write_lose_nothing_committed(tmp_path: Path, in
         assert (latest.step if latest else 0) in (announced, announced + 1), told
         for checkpoint in store.checkpoints():
             assert state_files(checkpoint.path) == state_files(reference / checkpoint.path.name), told
+    print(f"{in_mid_save} of {NUM_KILLS} kills left a checkpoint half written")
     assert announced == LAST_STEP and in_mid_save > NUM_KILLS / 2
 
 
