@@ -10,8 +10,8 @@ bytes per parameter) in each way, interleaved, so that a busy moment of the mach
                          rename, the others' only handed to the operating system
     load, MB/s           with the files in the page cache
 
-The others save what their users save: torch.save each rank's own tensors in one file per rank, DeepSpeed its own
-checkpoint, DCP the same tensors as torch.save.
+The others save what their users save: torch.save each rank's own tensors in one file per rank (once more with the file
+synced to the disk, as distlm's are), DeepSpeed its own checkpoint, DCP the same tensors as torch.save.
 """
 
 from __future__ import annotations
@@ -127,10 +127,17 @@ def ways(engine: Any, folder: Path) -> tuple[dict[str, Action], dict[str, Action
         for name, tensor in held().items():
             tensor.copy_(saved[name])
 
+    def torch_save_synced(path: Path) -> None:
+        with open(path / f"{rank}.pt", "wb") as file:
+            torch.save(held(), file)
+            file.flush()
+            os.fsync(file.fileno())
+
     savers: dict[str, Action] = {
         "distlm": lambda path: synchronous.save(1, progress),
         "distlm async": save_async,
         "torch.save": lambda path: torch.save(held(), path / f"{rank}.pt"),
+        "torch.save synced": torch_save_synced,
         "DeepSpeed": lambda path: engine.save_checkpoint(str(path), tag="1"),
         "DCP": lambda path: state_dict_saver.save(held(), checkpoint_id=path),
         "DCP async": lambda path: _waiting_for(state_dict_saver.async_save(held(), checkpoint_id=path)),
@@ -166,12 +173,12 @@ def report(results: dict[str, list[float]], names: list[str], size_bytes: int) -
     median = {name: statistics.median(times) for name, times in results.items()}
     megabytes = size_bytes / 1e6
     print(f"state: {megabytes:.0f} MB on {dist.get_world_size()} workers")
-    print(f"{'':14s}{'blocked s':>10s}{'until saved s':>15s}{'MB/s':>8s}{'load s':>9s}{'MB/s':>8s}")
+    print(f"{'':18s}{'blocked s':>10s}{'until saved s':>15s}{'MB/s':>8s}{'load s':>9s}{'MB/s':>8s}")
     for name in names:
         blocked, saved, load = (median.get(f"{name} {what}") for what in ("blocked", "until saved", "load"))
         assert blocked is not None and saved is not None
         loading = f"{load:9.3f}{megabytes / load:8.0f}" if load else ""
-        print(f"{name:14s}{blocked:10.3f}{saved:15.3f}{megabytes / saved:8.0f}{loading}")
+        print(f"{name:18s}{blocked:10.3f}{saved:15.3f}{megabytes / saved:8.0f}{loading}")
     stall = median["distlm async blocked"] / median["distlm blocked"]
     print(f"\nstall of an asynchronous save: {stall:.1%} of a synchronous one (goal: at most 15 %)")
     print("distlm async's load includes reading and comparing every hash, as at the start of a resume")
