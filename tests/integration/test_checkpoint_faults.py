@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -18,9 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
+from place import CONFIG, Command, Place, wait_until
 from ranks import free_port, run_on_ranks
-from test_submit import CONFIG, Command, Place, wait_until
 from tiny_training import WORLD_SIZE, fresh_engine, settings, train_step, write_initial_weights
 
 from distlm.checkpoint.manifest import Manifest, Progress
@@ -322,13 +322,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A user's folder whose runs are on storage with room for about six checkpoints of 10 MiB."""
     folder = tmp_path_factory.mktemp("full")
     with small_storage(folder / "runs", 80 * MIB):
-        place = Place(folder)
-        config: dict[str, Any] = json.loads(json.dumps(CONFIG))
+        config: dict[str, Any] = copy.deepcopy(CONFIG)
         config["model"]["config"] |= {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}
         config["training"] |= {"logging_steps": 1, "save_steps": 10, "eval_steps": 1000, "save_total_limit": 2}
         config["tracking"] |= {"log_model": False}
-        (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        yield place
+        yield Place(folder, config)
 
 
 def wait_for_step(command: Command, step: int) -> int:

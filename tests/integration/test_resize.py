@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_submit import Place
+from place import Place
 from tiny_runs import GLOBAL_BATCH, Base, Finished, Training, largest_difference, make_base, train_all
 
 from distlm.checkpoint.manifest import Manifest

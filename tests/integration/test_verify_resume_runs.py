@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import psutil
 import pytest
-import yaml
+from place import END_TIMEOUT_S, START_TIMEOUT_S, Place, wait_until
 
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import TensorFile, file_sha256
@@ -53,58 +44,27 @@ CONFIG = {
     "deepspeed": {"zero_stage": 2},
     "resources": {"num_workers": 2, "device": "cpu"},
 }  # fmt: skip
-START_TIMEOUT_S = 240.0
-END_TIMEOUT_S = 30.0
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.1)
-    return value
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with config and corpus, shared, so that the corpus is tokenised once."""
-    folder = tmp_path_factory.mktemp("verify")
-    draw = np.random.default_rng(0)
-    words = ["".join(draw.choice(list("abcdefghijklm"), 4)) for _ in range(80)]
-    lines = (json.dumps({"text": " ".join(draw.choice(words, 30))}) for _ in range(150))
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
-    (folder / "home").mkdir()
-    return folder
-
-
-def environ(place: Path) -> dict[str, str]:
-    """Every process that is started with it can be told from others by its HOME."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-    return kept | {"HOME": str(place / "home")}
-
-
-def processes(place: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("HOME") == str(place / "home") and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Shared, so that the corpus is tokenised once."""
+    return Place(tmp_path_factory.mktemp("verify"), CONFIG)
 
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_an_exact_resume(place: Path) -> None:
+def names_of_runs(place: Place) -> list[str]:
+    return names_in(place.runs_dir) if place.runs_dir.exists() else ["cache"]
+
+
+def test_an_exact_resume(place: Place) -> None:
     """The default: the config's 2 workers, again, then 1."""
-    command = [sys.executable, "-m", "distlm.cli", "verify-resume", "run.yaml", "--keep", "--steps", "8"]
-    ended = subprocess.run(command, cwd=place, env=environ(place), capture_output=True, text=True)
-    assert ended.returncode == ExitCode.SUCCEEDED, (ended.stdout, ended.stderr)
-    lines = ended.stdout.splitlines()
+    command = place.start("verify-resume", "run.yaml", "--keep", "--steps", "8")
+    assert command.wait(4 * START_TIMEOUT_S) == ExitCode.SUCCEEDED, (command.out, command.err)
+    lines = command.out.splitlines()
     assert "verify-resume: 8 steps straight on 2 workers, then in 3 pieces on 2, 2, 1 workers" in lines
     table = lines[lines.index("piece  workers  steps  ended             samples  max |loss difference|") + 1 :]
     assert table[0].split() == ["1", "2", "1-3", "killed", "in", "step", "4", "equal", "0"]
@@ -117,12 +77,12 @@ def test_an_exact_resume(place: Path) -> None:
         "resume is exact: the same samples, and the same bits on 2 workers; after resizing to 1, losses and weights "
         "agree within rounding"
     )
-    assert ended.stderr == ""
-    assert not processes(place)
+    assert command.err == ""
+    assert not place.processes()
 
-    (folder,) = (place / "runs").glob("verify-resume-*")
-    assert lines[-1] == f"the runs are in {folder.relative_to(place)}"
-    assert names_in(place / "runs") == ["cache", folder.name], "no MLflow store, no run among the user's"
+    (folder,) = place.runs_dir.glob("verify-resume-*")
+    assert lines[-1] == f"the runs are in {folder.relative_to(place.folder)}"
+    assert names_in(place.runs_dir) == ["cache", folder.name], "no MLflow store, no run among the user's"
     straight, pieces = (RunFolder(path.parent) for path in sorted(folder.glob("*/run.yaml"), key=attempts_in))
     assert_samples_are_those_of_the_order(straight)
     for number, attempt in enumerate(pieces.attempts(), 1):
@@ -153,7 +113,7 @@ def assert_samples_are_those_of_the_order(run: RunFolder) -> None:
 
 
 def test_a_broken_resume_is_found(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A moment of one parameter is lost between the pieces, from a checkpoint that is consistent otherwise."""
     submit = LocalLauncher.submit
@@ -166,9 +126,9 @@ def test_a_broken_resume_is_found(
 
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(place.folder)
     monkeypatch.setattr(LocalLauncher, "submit", damage_and_submit)
-    before = set((place / "runs").glob("verify-resume-*"))
+    before = set(place.runs_dir.glob("verify-resume-*"))
     code = main(["verify-resume", "run.yaml", "--steps", "4", "--workers", "1,1", "resources.num_workers=1"])
     out, err = capfd.readouterr()
     assert code == ExitCode.FAILED, (out, err)
@@ -177,8 +137,8 @@ def test_a_broken_resume_is_found(
     assert found and float(found[1]) > 1e-5, out  # of step 4, the first after an update with the wrong moment
     assert "checkpoint of step 2: weights bit-identical, optimizer state not" in out
     assert "resume is NOT correct: step 2 (piece 1): the checkpoint is not bit-identical: the optimizer's state" in out
-    (folder,) = set((place / "runs").glob("verify-resume-*")) - before
-    assert out.splitlines()[-1] == f"the runs are in {folder.relative_to(place)}"
+    (folder,) = set(place.runs_dir.glob("verify-resume-*")) - before
+    assert out.splitlines()[-1] == f"the runs are in {folder.relative_to(place.folder)}"
 
 
 def lose_moment(checkpoint: Checkpoint, tensor: str) -> None:
@@ -196,22 +156,16 @@ def lose_moment(checkpoint: Checkpoint, tensor: str) -> None:
     CheckpointStore(checkpoint.path.parent).verify(checkpoint)
 
 
-def test_ctrl_c_leaves_nothing(place: Path) -> None:
-    command = [sys.executable, "-m", "distlm.cli", "verify-resume", "run.yaml"]
-    before = names_in(place / "runs") if (place / "runs").exists() else ["cache"]
-    output = place / "stopped.out"
-    with open(output, "wb") as file:
-        process = subprocess.Popen(
-            command, cwd=place, env=environ(place), stdout=file, stderr=file, start_new_session=True
-        )
-    wait_until(lambda: "\npreparing" in output.read_text() or process.poll() is not None, START_TIMEOUT_S, "Ray")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(START_TIMEOUT_S) == ExitCode.CANCELLED, output.read_text()
-    said = output.read_text()
-    assert said.endswith("distlm: stopped on request; resume was not verified\n") and "Traceback" not in said
-    wait_until(lambda: not processes(place), END_TIMEOUT_S, "the end of all processes")
-    assert names_in(place / "runs") == before
-    assert not names_in(place / "home")
+def test_ctrl_c_leaves_nothing(place: Place) -> None:
+    before = names_of_runs(place)
+    command = place.start("verify-resume", "run.yaml")
+    command.wait_for("\npreparing")
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == ExitCode.CANCELLED, (command.out, command.err)
+    assert command.err.endswith("distlm: stopped on request; resume was not verified\n")
+    wait_until(lambda: not place.processes(), END_TIMEOUT_S, "the end of all processes")
+    assert names_of_runs(place) == before
+    assert not names_in(place.home) and not names_in(place.temporary)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +179,11 @@ def test_ctrl_c_leaves_nothing(place: Path) -> None:
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
-    arguments: list[str], problem: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], problem: str, place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
-    before = names_in(place / "runs") if (place / "runs").exists() else ["cache"]
+    monkeypatch.chdir(place.folder)
+    before = names_of_runs(place)
     assert main(["verify-resume", "run.yaml", *arguments]) == ExitCode.BAD_INPUT
     out, err = capfd.readouterr()
     assert problem in err and out == ""
-    assert not (place / "runs").exists() or names_in(place / "runs") == before
+    assert names_of_runs(place) == before
