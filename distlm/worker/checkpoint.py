@@ -57,7 +57,8 @@ class Retention:
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint. `blocked_s`: how long training stood still for it; `total_s`: until it was committed."""
+    """A committed checkpoint. `blocked_s`: how long training stood still for it, also to wait for the save before;
+    `total_s`: until it was committed."""
 
     checkpoint: Checkpoint
     size_bytes: int
@@ -72,13 +73,14 @@ class _Job:
     """One save on one rank."""
 
     step: int
+    started: float
+    """When training stopped for it, by time.monotonic()."""
     manifest: Callable[..., Manifest] | None = None
     """Makes the manifest once the shards are known."""
     fragments: list[Fragment] = field(default_factory=list)
     content: Any = ()
     """The bytes of this rank's shard, an iterable of memoryviews."""
     error: CheckpointError | None = None
-    started: float = field(default_factory=time.monotonic)
     blocked_s: float = 0.0
 
 
@@ -127,18 +129,26 @@ class CheckpointSaver:
         """Whether this rank knows that the last save failed; `wait` then raises on every rank."""
         return self._error is not None
 
-    def save(self, step: int, progress: Progress, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        progress: Progress,
+        metrics: dict[str, float] | None = None,
+        *,
+        stopped_at: float | None = None,
+    ) -> None:
         """Save the state after `step`. Waits for the save before, and raises its error; the new one is then not begun.
 
         Args:
             metrics: the evaluation at this step.
+            stopped_at: when training stopped for it, by time.monotonic(); None: now.
 
         Raises:
             CheckpointError: on every rank, naming the ranks that failed, the file and the cause. Without
                 `asynchronous` the error is that of this save.
         """
+        job = _Job(step, time.monotonic() if stopped_at is None else stopped_at)
         self.wait()
-        job = _Job(step)
         try:
             held = list(_fragments_to_write(self._engine))
             numbers = {parameter.name: number for number, parameter in enumerate(self._parameters)}

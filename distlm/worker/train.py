@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,11 +224,13 @@ class Worker:
     def save(self, step: int) -> None:
         """Begin to save a checkpoint. Collective. Never saves a broken state."""
         self._require_finite(float(self._sum_over_workers(self._loss_sum.clone())), step)
+        stopped_at = time.monotonic()
         self.finish_save(step)
         position = step * self.plan.global_batch
         progress = Progress(sample_position=position, epoch=position // self.prepared.num_train_samples)
         evaluation = self._evaluation if self._evaluated_step == step else {}
-        self.saver.save(step, progress, {k: v for k, v in evaluation.items() if math.isfinite(v)})
+        metrics = {k: v for k, v in evaluation.items() if math.isfinite(v)}
+        self.saver.save(step, progress, metrics, stopped_at=stopped_at)
 
     def finish_save(self, step: int, *, at_the_end: bool = False) -> None:
         """Wait for the save under way. If it failed, stop or go on as the config says. Collective.

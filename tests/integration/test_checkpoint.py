@@ -8,6 +8,7 @@ import logging
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,7 @@ def save_while_training(folder: Path, init: Path) -> dict[str, Any]:
     saver = CheckpointSaver(engine, store, seed=SEED, on_committed=committed.append)
     assert saver._buffer is not None
     address = saver._buffer.data_ptr()
+    stood_still_s: list[float] = []
     for step in (1, 2):
         save(engine, folder / "foreground", step)
         # Opened from a thread, because the second save waits for the first one to be written.
@@ -311,14 +313,18 @@ def save_while_training(folder: Path, init: Path) -> dict[str, Any]:
         if opener:
             assert not store.may_write.is_set() and not store.checkpoints(), "nothing is committed yet"
             opener.start()
+        started = time.monotonic()
         saver.save(step, Progress(sample_position=16 * step, epoch=0))
+        stood_still_s.append(time.monotonic() - started)
         train_step(accelerator, engine, step)
     saver.wait()
     return {
+        "stood still": stood_still_s,
         "same buffer": address == saver._buffer.data_ptr(),
         "buffer elements": saver._buffer.numel(),
         "most at a time": store.most_writing,
         "committed": [(saved.checkpoint.step, saved.blocked_s < saved.total_s) for saved in committed],
+        "blocked": [saved.blocked_s for saved in committed],
     }
 
 
@@ -330,6 +336,9 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, in
         assert state_files(background.path) == state_files(foreground.path)
     assert state_files(checkpoint_at(tmp_path / "background", 1).path) != state_files(background.path)
     assert [rank["committed"] for rank in ranks] == [[(1, True), (2, True)], []], "rank 0 alone reports"
+    for said, measured in zip(ranks[0]["blocked"], ranks[0]["stood still"], strict=True):
+        assert measured - 0.3 < said <= measured, "waiting for the save before is counted"
+    assert ranks[0]["blocked"][1] > 0.4
     assert all(rank["same buffer"] and rank["most at a time"] == 1 for rank in ranks), "one copy, one save at a time"
     num_parameters = sum(parameter.numel() for parameter in load_model(init).parameters())
     assert sum(rank["buffer elements"] for rank in ranks) == 3 * num_parameters
