@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distlm import __version__
-from distlm.errors import DistlmError, ExitCode, InputError
+from distlm.console import say
+from distlm.errors import DistlmError, ExitCode, InputError, os_error_text
 
 if TYPE_CHECKING:
     from distlm.run_folder import RunFolder
@@ -37,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.verb(options))
     except DistlmError as error:
         for line in str(error).splitlines():
-            print(f"distlm: {line}", file=sys.stderr)
+            say(f"distlm: {line}", file=sys.stderr)
         return int(error.exit_code)
+    except OSError as error:
+        say(f"distlm: {os_error_text(error)}", file=sys.stderr)
+        return int(ExitCode.INFRASTRUCTURE)
     except KeyboardInterrupt:
         return int(ExitCode.CANCELLED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone: `distlm schema | head`
-        return int(ExitCode.SUCCEEDED)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -163,12 +164,12 @@ def _submit(options: argparse.Namespace) -> int:
 
         from distlm.config.resolve import resolved_tree
 
-        print(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
-        print(f"# {request}")
+        say(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
+        say(f"# {request}")
         return ExitCode.SUCCEEDED
     create_run(loaded, run)
     attempt = begin_attempt(loaded, run, options.overrides)
-    print(f"run {run.run_id} in {os.path.relpath(run.path)}", flush=True)
+    say(f"run {run.run_id} in {os.path.relpath(run.path)}")
     code = launcher.submit(request, attempt, options.detach)
     return _report(run, code) if not options.detach else code
 
@@ -181,13 +182,13 @@ def _resume(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     last = _last_result(run)
     if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
-        print(f"run {run.run_id} has succeeded; nothing to do")
+        say(f"run {run.run_id} has succeeded; nothing to do")
         return ExitCode.SUCCEEDED
     launcher = LocalLauncher()
     loaded, changes = changed_config(run, options.overrides, launcher.check)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         attempt = begin_attempt(loaded, run, options.overrides, changes=changes)
-    print(f"run {run.run_id}, attempt {attempt.number}", flush=True)
+    say(f"run {run.run_id}, attempt {attempt.number}")
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code
 
@@ -208,18 +209,18 @@ def _report(run: RunFolder, code: int) -> int:
     result = read_json(run.attempts()[-1].result_json)
     where = os.path.relpath
     if code == ExitCode.SUCCEEDED:
-        print(f"succeeded: model in {where(run.model)}; curves: distlm ui --runs-dir {where(run.runs_dir)}")
+        say(f"succeeded: model in {where(run.model)}; curves: distlm ui --runs-dir {where(run.runs_dir)}")
         return code
     if result["problems"]:
         for problem in result["problems"]:
-            print(f"distlm: {Problem.from_json(problem)}", file=sys.stderr)
+            say(f"distlm: {Problem.from_json(problem)}", file=sys.stderr)
         return code
     place = f" on rank {result['rank']}" if result.get("rank") is not None else ""
     place += f" ({result['host']})" if result.get("host") else ""
-    print(f"distlm: {result['state']}{place}: {result['message']}", file=sys.stderr)
-    print(f"distlm: log: {where(result['log'])}", file=sys.stderr)
+    say(f"distlm: {result['state']}{place}: {result['message']}", file=sys.stderr)
+    say(f"distlm: log: {where(result['log'])}", file=sys.stderr)
     if any(run.checkpoints.glob("step-*")):
-        print(f"distlm: continue with: distlm resume {run.run_id}", file=sys.stderr)
+        say(f"distlm: continue with: distlm resume {run.run_id}", file=sys.stderr)
     return code
 
 
@@ -248,7 +249,7 @@ def _validate(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides, LocalLauncher().check).config
     plan = batch_plan(config)
-    print(
+    say(
         f"{options.config}: valid. {plan.global_batch} samples per step = {plan.micro_batch} per forward pass x "
         f"{plan.world_size} workers x {plan.accumulation_steps} accumulation steps; ZeRO stage "
         f"{config.deepspeed.zero_stage}, {config.training.mixed_precision}"
@@ -275,7 +276,7 @@ def _schema(options: argparse.Namespace) -> int:
 
     from distlm.config.schema import RunConfig
 
-    print(
+    say(
         json.dumps(
             {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}, indent=2
         )
@@ -294,7 +295,7 @@ def _ui(options: argparse.Namespace) -> int:
         )
     if find_spec("mlflow") is None:
         raise InputError("the MLflow UI needs mlflow: pip install 'distlm[train]'")
-    print(f"MLflow UI on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    say(f"MLflow UI on http://{options.host}:{options.port} (Ctrl-C ends it)")
     # Job execution starts 8 more processes of 250 MB each, which nothing here uses.
     os.environ.update(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true")
     command = [
@@ -332,15 +333,15 @@ def _checkpoints(options: argparse.Namespace) -> int:
     try:
         best = best_by(run)
     except InputError as error:
-        print(f"distlm: warning: which one is best is not known: {one_line(error)}", file=sys.stderr)
+        say(f"distlm: warning: which one is best is not known: {one_line(error)}", file=sys.stderr)
         best = None
     listed = list_checkpoints(CheckpointStore(run.checkpoints), best, verify=options.verify)
     if options.json:
-        print(json.dumps([one.to_json() for one in listed], indent=2))
+        say(json.dumps([one.to_json() for one in listed], indent=2))
     elif listed:
-        print("\n".join(table(listed, best)))
+        say("\n".join(table(listed, best)))
     else:
-        print(f"run {run.run_id} has no checkpoints")
+        say(f"run {run.run_id} has no checkpoints")
     return ExitCode.INFRASTRUCTURE if any(one.state in ("damaged", "unknown") for one in listed) else ExitCode.SUCCEEDED
 
 

@@ -7,7 +7,8 @@
     |   `-- AttestationError          the workers would have trained something else than asked
     |-- InfrastructureError      3    a machine, the network or the storage failed; a new attempt may succeed
     |   `-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
-    |       `-- UnknownFormatError        it is whole, and another version of distlm wrote it
+    |       |-- UnknownFormatError        it is whole, and another version of distlm wrote it
+    |       `-- UnreadableError           the storage does not give it; it may be whole
     |-- Preempted               75    stopped from outside with its state saved: continue me
     `-- Cancelled              130    the user asked to stop
 
@@ -57,10 +58,20 @@ class Problem:
         return cls(**data)
 
 
+def os_error_text(error: OSError) -> str:
+    """What the operating system refused, in one line: the file, where one is known, and why."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
 class DistlmError(Exception):
     """Base of all errors raised on purpose. The text is one line for the user: cause first, then the remedy."""
 
     exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str = "", failed_ranks: tuple[int, ...] = ()) -> None:
+        """`failed_ranks`: where it happened, when all ranks raise it; empty: where it is raised."""
+        self.failed_ranks = failed_ranks
+        super().__init__(message)
 
 
 class InputError(DistlmError):
@@ -98,14 +109,13 @@ class InfrastructureError(DistlmError):
 class CheckpointError(InfrastructureError):
     """A checkpoint cannot be written, or is missing, torn, altered or of an unknown format version."""
 
-    def __init__(self, message: str, failed_ranks: tuple[int, ...] = ()) -> None:
-        """`failed_ranks`: where it happened, when all ranks raise it; empty: where it is raised."""
-        self.failed_ranks = failed_ranks
-        super().__init__(message)
-
 
 class UnknownFormatError(CheckpointError):
     """A checkpoint is whole, and its format version is one that this distlm does not read."""
+
+
+class UnreadableError(CheckpointError):
+    """The storage does not give a checkpoint, which may be whole nevertheless."""
 
 
 class Preempted(DistlmError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
+from distlm.config.attempt import changes_so_far
 from distlm.config.load import with_overrides
 from distlm.config.schema import TrainingConfig
 from distlm.errors import CheckpointError, InputError, UnknownFormatError
@@ -60,10 +62,7 @@ def best_by(run: RunFolder) -> BestBy:
     damaged."""
     key, default = "metric_for_best_model", TrainingConfig.model_fields["metric_for_best_model"].default
     try:
-        tree = read_yaml(run.run_yaml)
-        for attempt in run.attempts()[-1:]:
-            if attempt.attempt_yaml.exists():
-                tree = with_overrides(tree, read_yaml(attempt.attempt_yaml)["changes"])
+        tree = with_overrides(read_yaml(run.run_yaml), changes_so_far(run))
         name = tree["training"].get(key, default)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run.run_yaml} or an attempt.yaml is damaged: {type(error).__name__}: {error}") from error
@@ -88,7 +87,7 @@ def list_checkpoints(store: CheckpointStore, best: BestBy | None, *, verify: boo
     good = newest.path if newest and newest.state != "unknown" else None
     return [
         *(replace(one, is_best=one.path == best_path, is_resumed=one.path == good) for one in listed),
-        *(Listed(path, "unfinished", _size_bytes(path), _step(path)) for path in unfinished if path.is_dir()),
+        *(Listed(path, "unfinished", _size_bytes(path), _step(path)) for path in unfinished if os.path.isdir(path)),
     ]
 
 
@@ -99,7 +98,7 @@ def _listed(store: CheckpointStore, checkpoint: Checkpoint, verify: bool) -> Lis
     try:
         manifest = examine(checkpoint)
     except CheckpointError as error:
-        if not path.is_dir():
+        if not os.path.lexists(path):
             return None
         state: State = "unknown" if isinstance(error, UnknownFormatError) else "damaged"
         reason = str(error).replace(f"{store.folder}/", "")

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,8 +26,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distlm.checkpoint.manifest import Fragment, Manifest, Parameter, Shard, shard_tensors
-from distlm.checkpoint.tensor_file import TensorFile, file_sha256, one_line, require_regular_file, write_tensor_file
-from distlm.errors import CheckpointError
+from distlm.checkpoint.tensor_file import (
+    TensorFile,
+    file_sha256,
+    one_line,
+    read_error,
+    require_regular_file,
+    write_tensor_file,
+)
+from distlm.errors import CheckpointError, UnknownFormatError, UnreadableError
 
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 2**28
@@ -61,7 +69,7 @@ class CheckpointStore:
         for pattern in (r"\.(step-([0-9]{8,18}))\.old", r"(step-([0-9]{8,18}))"):  # the second wins
             for path in self._entries():
                 match = re.fullmatch(pattern, path.name)
-                if match and match[1] == _name(int(match[2])) and os.path.isdir(path):
+                if match and match[1] == _name(int(match[2])) and _is_folder(path):
                     found[int(match[2])] = path
         return sorted((Checkpoint(step, path) for step, path in found.items()), reverse=True)
 
@@ -87,7 +95,9 @@ class CheckpointStore:
             if require_regular_file(path) > _MAX_MANIFEST_BYTES:
                 raise CheckpointError(f"{path} is larger than any manifest")
             text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise read_error(path, error) from error
+        except ValueError as error:
             raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
         try:
             manifest = Manifest.from_json(text)
@@ -128,7 +138,7 @@ class CheckpointStore:
                 if file_sha256(path) != shard.sha256:
                     raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+                raise read_error(path, error) from error
 
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing and reading let other threads run
             for _ in pool.map(verify_shard, manifest.shards):
@@ -265,21 +275,40 @@ class CheckpointStore:
         """Delete all but the newest `save_total_limit` checkpoints and the best one, and return what was deleted.
 
         The last good one is never deleted: if none of those kept is whole, the newest older one that is whole is kept
-        as well, and if there is none, nothing is deleted.
+        as well, and if there is none, nothing is deleted. Nor is one that cannot be read now or not by this version: it
+        may be the best.
 
         Raises:
             CheckpointError: a checkpoint cannot be deleted.
         """
         if save_total_limit < 1:
             raise ValueError(f"save_total_limit is {save_total_limit}; it must be 1 or more")
-        surplus = self.checkpoints()[save_total_limit:]
-        good = self.latest_good()[0] if surplus else None
+        found = self.checkpoints()
+        surplus = found[save_total_limit:]
+        if not surplus:
+            return []
+        good = next(filter(self._was_committed_here, found), None) or self.latest_good()[0]
         if good is None:
             return []
-        deleted = [checkpoint.path for checkpoint in surplus if checkpoint not in (good, best)]
+        deleted = [c.path for c in surplus if c not in (good, best) and not self._is_unreadable(c)]
         for path in deleted:
             self._delete(path)
         return deleted
+
+    def _was_committed_here(self, checkpoint: Checkpoint) -> bool:
+        try:
+            return checkpoint.path in self._known_good and bool(self.check(checkpoint))
+        except CheckpointError:
+            return False
+
+    def _is_unreadable(self, checkpoint: Checkpoint) -> bool:
+        try:
+            self.check(checkpoint)
+        except (UnreadableError, UnknownFormatError):
+            return True
+        except CheckpointError:
+            pass
+        return False
 
     def _delete(self, path: Path) -> None:
         """By a rename first, so that an interrupted deletion leaves none that looks whole."""
@@ -294,6 +323,17 @@ class CheckpointStore:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _is_folder(path: Path) -> bool:
+    """Raises CheckpointError where the storage does not tell."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        problem = read_error(path, error)
+        if isinstance(problem, UnreadableError):
+            raise problem from error
+        return False
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ again after it was written, and it maps whole files into memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distlm.errors import CheckpointError
+from distlm.errors import CheckpointError, UnreadableError
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Size of one element, by safetensors' name of the dtype."""
@@ -86,12 +87,18 @@ def one_line(error: Exception) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
+def read_error(path: Path, error: OSError) -> CheckpointError:
+    """A file is missing, or the storage does not give it."""
+    is_missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return (CheckpointError if is_missing else UnreadableError)(f"{path} cannot be read: {error.strerror}")
+
+
 def require_regular_file(path: Path, *, follow_links: bool = True) -> int:
     """The size in bytes. Raises CheckpointError for what cannot simply be read: opening a named pipe would wait."""
     try:
         status = path.stat(follow_symlinks=follow_links)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise read_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is no regular file")
     return status.st_size
@@ -120,7 +127,7 @@ class TensorFile:
                     raise ValueError("its header is longer than the file")
                 self.tensors = _parse_header(json.loads(file.read(header_bytes)), 8 + header_bytes, size_bytes)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise read_error(path, error) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is no safetensors file: {type(error).__name__}: {one_line(error)}"
@@ -146,7 +153,7 @@ class TensorFile:
                         raise CheckpointError(f"{self.path} was truncated while it was read")
                     target = target[count:]
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+            raise read_error(self.path, error) from error
 
 
 def _parse_header(header: dict[str, Any], data_begin: int, size_bytes: int) -> dict[str, TensorInfo]:

@@ -5,17 +5,16 @@ Client and controller meet here: the client writes run.yaml and attempt.yaml, th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distlm import __version__
 from distlm.config.load import LoadedConfig, load_tree
-from distlm.config.resolve import refuse_changes, resolved_tree
+from distlm.config.resolve import refuse_changes, resolved_tree, without_defaults
 from distlm.config.schema import RunConfig
-from distlm.errors import InputError, Problem
-from distlm.run_folder import AttemptFolder, RunFolder, read_yaml, write_yaml
+from distlm.errors import ExitCode, InputError, Problem
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_yaml
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,11 @@ class Attempt:
 
     @classmethod
     def read(cls, folder: AttemptFolder) -> Attempt:
-        return cls(**read_yaml(folder.attempt_yaml))
+        """Raises InputError if it is missing or damaged."""
+        try:
+            return cls(**read_yaml(folder.attempt_yaml))
+        except TypeError as error:
+            raise InputError(f"{folder.attempt_yaml} is damaged: {error}") from error
 
 
 def create_run(loaded: LoadedConfig, run: RunFolder) -> None:
@@ -73,6 +76,23 @@ def load_attempt(run: RunFolder, folder: AttemptFolder) -> LoadedConfig:
     return load_tree(read_yaml(run.run_yaml), attempt.changes, origins=attempt.origins)
 
 
+def accepted_attempts(run: RunFolder) -> list[AttemptFolder]:
+    """Those that were begun in full and not refused as bad input, oldest first. Raises InputError for damaged files."""
+
+    def is_accepted(folder: AttemptFolder) -> bool:
+        result = read_json(folder.result_json)
+        was_refused = isinstance(result, dict) and result.get("exit_code") == ExitCode.BAD_INPUT
+        return folder.attempt_yaml.exists() and not was_refused
+
+    return [folder for folder in run.attempts() if is_accepted(folder)]
+
+
+def changes_so_far(run: RunFolder) -> list[str]:
+    """The overrides of run.yaml that are in force after the run's last resume. Raises InputError for damaged files."""
+    attempts = accepted_attempts(run)
+    return Attempt.read(attempts[-1]).changes if attempts else []
+
+
 def changed_config(
     run: RunFolder, overrides: list[str], check: Callable[[RunConfig], Iterator[Problem]]
 ) -> tuple[LoadedConfig, list[str]]:
@@ -80,10 +100,10 @@ def changed_config(
 
     Raises InputError, naming each key, if the overrides would make it another run.
     """
-    previous = [attempt for attempt in run.attempts() if attempt.attempt_yaml.exists()]
-    changes = [*Attempt.read(previous[-1]).changes, *overrides] if previous else list(overrides)
+    changes = [*changes_so_far(run), *overrides]
     tree = read_yaml(run.run_yaml)
-    loaded = load_tree(copy.deepcopy(tree), changes, check)
+    # run.yaml holds every key, and `check` has rules for those that the user has given beside others.
+    loaded = load_tree(without_defaults(tree), changes, check)
     if refused := list(refuse_changes(tree, resolved_tree(loaded.config, loaded.raw))):
         raise InputError(*refused)
     return loaded, changes

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from typing_extensions import TypeIs
 
 from distlm.config.schema import RunConfig
@@ -286,6 +287,20 @@ def resolved_tree(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
 
     kept: dict[str, Any] = keep_variables(config.model_dump(mode="json"), raw)
     return kept
+
+
+def without_defaults(tree: Any, section: type[BaseModel] = RunConfig) -> Any:
+    """A resolved tree as a user might have written it: without the keys that have their default value."""
+    if not isinstance(tree, dict):
+        return tree
+    written = {}
+    for name, value in tree.items():
+        field = section.model_fields.get(name)
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            written[name] = without_defaults(value, field.annotation)
+        elif not field or value != field.default:
+            written[name] = value
+    return written
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Problem]:

@@ -106,8 +106,7 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: th
     for variable, name in _CACHES.items():
         os.environ.setdefault(variable, str(run.cache / "libraries" / name))
     controller = AttemptController(run, folder, progress, stop)
-    embedded = "RAY_ADDRESS" not in os.environ
-    temporary_root = make_temporary_root() if embedded else None
+    temporary_root = None if os.environ.get("RAY_ADDRESS") else make_temporary_root()
     try:
         write_json(
             folder.handle_json,

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from distlm.tracking.mlflow import MlflowTracker
 
 _POLL_INTERVAL_S = 0.5
+_LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S = 60.0
 
 
@@ -56,6 +57,8 @@ class AttemptController:
         self.policy: Policy = StopAtFirstFailure()
         self.failures: list[dict[str, Any]] = []
         self._tracker: MlflowTracker | None = None
+        self._asked_for: Any = None
+        """Reference to messages of the workers that have been asked for and have not come yet."""
 
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
@@ -80,7 +83,7 @@ class AttemptController:
             self._describe(recorder, cluster, prepared)
             outcome = self._train(recorder, cluster, prepared, checkpoint)
             if outcome.exit_code == ExitCode.SUCCEEDED:
-                self._export()
+                self._export(prepared.total_steps)
         except InputError:  # its problems are shown one by one
             raise
         except DistlmError as error:
@@ -111,6 +114,7 @@ class AttemptController:
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
         )
+        CheckpointStore(self.run.checkpoints).clean()  # what a killed save left takes room
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
         return prepared
 
@@ -177,17 +181,26 @@ class AttemptController:
             self._stop_if_asked()
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
+        deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
         self._record(recorder, mailbox)
+        while self._asked_for and time.monotonic() < deadline:
+            self._record(recorder, mailbox)
+        self._asked_for = None
         return incarnation.outcome(self.failures)
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
         """Move what the workers reported to the files and the screen."""
         import ray
 
+        # A late answer is waited for again and not asked for anew: the mailbox has given its messages away by then.
+        self._asked_for = self._asked_for or mailbox.drain.remote()
         try:
-            messages = ray.get(mailbox.drain.remote(), timeout=10 * _POLL_INTERVAL_S)
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+            messages = ray.get(self._asked_for, timeout=10 * _POLL_INTERVAL_S)
+        except ray.exceptions.GetTimeoutError:
             return
+        except ray.exceptions.RayActorError:
+            messages = []
+        self._asked_for = None
         recorder.record(messages)
         for message in messages:
             if message["kind"] == "failure":
@@ -199,12 +212,12 @@ class AttemptController:
 
     # --- after training ----------------------------------------------------------------------------------------------
 
-    def _export(self) -> None:
-        """Write model/ in Hugging Face format from the last checkpoint, where no worker's memory is needed."""
+    def _export(self, last_step: int) -> None:
+        """Write model/ in Hugging Face format from the last step's checkpoint, where no worker's memory is needed."""
         import ray
 
         self.progress.say("writing the model")
-        self._get(ray.remote(num_cpus=1, max_retries=0)(_export_task).remote(str(self.run.path)))
+        self._get(ray.remote(num_cpus=1, max_retries=0)(_export_task).remote(str(self.run.path), last_step))
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
         """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
@@ -338,7 +351,7 @@ def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
     return prepare_run(load_attempt(run, folder).config, run)
 
 
-def _export_task(run_path: str) -> None:
+def _export_task(run_path: str, step: int) -> None:
     from distlm.worker.export import export_run
 
-    export_run(RunFolder(Path(run_path)))
+    export_run(RunFolder(Path(run_path)), step)

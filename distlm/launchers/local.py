@@ -18,6 +18,7 @@ from types import FrameType
 
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
+from distlm.console import say
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
 from distlm.errors import Cancelled, ExitCode, InfrastructureError, Problem
@@ -32,7 +33,7 @@ class LocalLauncher:
     """See `distlm.launchers.base.Launcher`."""
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
-        if "RAY_ADDRESS" in os.environ:  # the workers run elsewhere: preflight will tell
+        if os.environ.get("RAY_ADDRESS"):  # the workers run elsewhere: preflight will tell
             yield from contradictions(config)
             return
         yield from contradictions(config, visible_gpu_count())
@@ -66,7 +67,7 @@ class LocalLauncher:
                     request.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             log_path = os.path.relpath(attempt.controller_log)
-            print(f"in the background; follow: tail -f {log_path}; stop: kill {controller.pid}")
+            say(f"in the background; follow: tail -f {log_path}; stop: kill {controller.pid}")
             return ExitCode.SUCCEEDED
         reading, writing = os.pipe()
         # A signal that comes before both sides have their handlers waits; the controller lets it in when it is ready.
@@ -117,7 +118,7 @@ def _forwarded_signals(controller: subprocess.Popen[bytes]) -> Iterator[list[int
         controller.send_signal(number if len(received) < 3 else signal.SIGKILL)
         if len(received) == 1:
             with suppress(OSError):  # the terminal may be what has gone
-                print("stopping (again, and a third time, to kill)", file=sys.stderr, flush=True)
+                say("stopping (again, and a third time, to kill)", file=sys.stderr)
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
     previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS if number not in ignored}

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from distlm.config.attempt import begin_attempt, changed_config, create_run
 from distlm.config.load import LoadedConfig, load_config
 from distlm.config.resolve import batch_plan, legal_world_sizes
 from distlm.config.schema import RunConfig
+from distlm.console import say
 from distlm.devices import visible_gpu_count
 from distlm.errors import (
     Cancelled,
@@ -94,21 +95,20 @@ def verify_resume(config: Path, overrides: list[str], steps: int, sizes: list[in
     plan = make_plan(steps, sizes)
     with folder_for_runs(Path(users.runs_dir), keep) as folder:
         overrides = [*overrides, *rehearsal_overrides(users, plan, folder.path)]
-        for size in sorted(set(sizes)):  # refused here if it is, and not when the other runs are through
+        for size in sorted(set(sizes)):  # what can be told from here is refused here, and not after the other runs
             load_config(config, [*overrides, f"resources.num_workers={size}"], launcher.check)
         loaded = load_config(config, [*overrides, f"resources.num_workers={sizes[0]}"], launcher.check)
-        print(
+        say(
             f"verify-resume: {steps} steps straight on {sizes[0]} workers, then in {len(sizes)} pieces on "
             f"{_joined(sizes)} workers",
-            flush=True,
         )
         if len(set(sizes)) == 1 and not is_given:
-            print(f"another number of workers is not tried: {_why_one_size(users)}", flush=True)
+            say(f"another number of workers is not tried: {_why_one_size(users)}")
         verdict = _rehearse(launcher, loaded, plan, folder.path)
-        print()
+        say()
         for line in table(verdict):
-            print(line)
-        print(verdict_text(verdict))
+            say(line)
+        say(verdict_text(verdict))
         folder.keep |= not verdict.is_correct
     return ExitCode.SUCCEEDED if verdict.is_correct else ExitCode.FAILED
 
@@ -127,7 +127,9 @@ def default_sizes(config: RunConfig) -> list[int]:
 
 
 def _room(config: RunConfig) -> int:
-    """Workers that this machine has a device for, as far as can be told from here."""
+    """Workers that there is a device for, as far as can be told from here: of another cluster nothing is known."""
+    if os.environ.get("RAY_ADDRESS"):
+        return 0
     gpus = visible_gpu_count()
     if config.resources.device == "cpu" or gpus == 0:
         return len(os.sched_getaffinity(0)) // (config.resources.cpus_per_worker or 1)
@@ -136,7 +138,10 @@ def _room(config: RunConfig) -> int:
 
 def _why_one_size(config: RunConfig) -> str:
     sizes = legal_world_sizes(batch_plan(config).micro_batches)
-    return f"the micro batches of a step divide over {_joined(sizes)}, and this machine has room for {_room(config)}"
+    room = f"this machine has room for {_room(config)}"
+    if os.environ.get("RAY_ADDRESS"):
+        room = "how many the Ray cluster has room for is not known here (--workers)"
+    return f"the micro batches of a step divide over {_joined(sizes)}, and {room}"
 
 
 def rehearsal_overrides(config: RunConfig, plan: Plan, runs_dir: Path) -> list[str]:
@@ -157,7 +162,7 @@ def rehearsal_overrides(config: RunConfig, plan: Plan, runs_dir: Path) -> list[s
     }
     if training.warmup_steps > plan.steps:
         overrides["training.warmup_steps"] = plan.steps // 2  # so that the rate both rises and falls
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -167,17 +172,16 @@ def _rehearse(launcher: LocalLauncher, loaded: LoadedConfig, plan: Plan, runs_di
     """Both runs, then the comparison of what they have left."""
     count = len(plan.pieces) + 1
     straight_run, run = RunFolder(runs_dir / new_run_id()), RunFolder(runs_dir / new_run_id())
-    print(f"\n[1/{count}] straight: steps 1 to {plan.steps} on {plan.straight.workers} workers", flush=True)
+    say(f"\n[1/{count}] straight: steps 1 to {plan.steps} on {plan.straight.workers} workers")
     create_run(loaded, straight_run)
     straight = _attempt(launcher, loaded, straight_run, plan.straight)
     create_run(loaded, run)
     pieces = []
     for number, planned in enumerate(plan.pieces, 1):
         end = f"killed in step {planned.last_step + 1}" if planned.is_killed else f"to step {planned.last_step}"
-        print(
+        say(
             f"\n[{number + 1}/{count}] piece {number}: from step {planned.first_step} on {planned.workers} workers, "
             f"{end}",
-            flush=True,
         )
         pieces.append(_attempt(launcher, loaded, run, planned))
     is_deterministic = read_device(straight_run.attempts()[-1]) == "cpu"
@@ -195,7 +199,7 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
     attempt = begin_attempt(loaded, run, overrides, changes=changes, record_samples=True, kill_in_step=kill_in_step)
     code = launcher.submit(launcher.build(loaded.config, run), attempt, detach=False)
     if code == ExitCode.INFRASTRUCTURE and planned.is_killed and was_killed(attempt):
-        print(f"a worker was killed in step {kill_in_step}, as planned", flush=True)
+        say(f"a worker was killed in step {kill_in_step}, as planned")
     elif code != ExitCode.SUCCEEDED:
         raise_failure(ExitCode(code), attempt)
     elif planned.is_killed:
@@ -203,8 +207,9 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
     return read_piece(attempt, planned.workers, planned.first_step, planned.last_step)
 
 
-_FAILURES: dict[ExitCode, type[DistlmError]] = {
+_FAILURES: dict[ExitCode, Callable[[str], DistlmError]] = {
     ExitCode.FAILED: TrainingError,
+    ExitCode.BAD_INPUT: InputError,
     ExitCode.INFRASTRUCTURE: InfrastructureError,
     ExitCode.PREEMPTED: Preempted,
     ExitCode.CANCELLED: Cancelled,
@@ -233,7 +238,8 @@ class _Folder:
 @contextmanager
 def folder_for_runs(runs_dir: Path, keep: bool) -> Iterator[_Folder]:
     """A folder in the user's runs_dir that shares its cache, so that the data is tokenised once. It stays, and is
-    named, if it is to be kept or if a run has failed in it; it goes if the user stops it all or the input is bad."""
+    named, if it is to be kept or if a run has failed in it; it goes if the user stops it all or if the input is bad,
+    unless that comes out when runs are through already."""
     folder = _Folder(runs_dir.absolute() / f"verify-resume-{new_run_id()}", keep)
     cache = RunFolder(runs_dir.absolute() / "any").cache
     try:
@@ -241,20 +247,24 @@ def folder_for_runs(runs_dir: Path, keep: bool) -> Iterator[_Folder]:
         folder.path.mkdir()
         RunFolder(folder.path / "any").cache.symlink_to(cache)
     except OSError as error:
+        shutil.rmtree(folder.path, ignore_errors=True)
         raise InputError(
             Problem(f"cannot make a folder for runs: {error.strerror}", "runs_dir", str(runs_dir))
         ) from None
     try:
         with _interrupted_by_signals():
             yield folder
-    except (InputError, Cancelled, KeyboardInterrupt):
+    except (Cancelled, KeyboardInterrupt):
+        raise
+    except InputError:
+        folder.keep |= any(folder.path.glob("*/attempts/*/result.json"))
         raise
     except BaseException:
         folder.keep = True
         raise
     finally:
         if folder.keep:
-            print(f"the runs are in {os.path.relpath(folder.path)}", flush=True)
+            say(f"the runs are in {os.path.relpath(folder.path)}")
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
 

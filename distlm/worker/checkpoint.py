@@ -15,11 +15,12 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ from distlm.checkpoint.manifest import (
 )
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
-from distlm.errors import CheckpointError
+from distlm.checkpoint.tensor_file import one_line
+from distlm.errors import CheckpointError, TrainingError
 from distlm.worker import zero_state
 from distlm.worker.zero_state import HeldFragment
 
@@ -80,7 +82,7 @@ class _Job:
     fragments: list[Fragment] = field(default_factory=list)
     content: Any = ()
     """The bytes of this rank's shard, an iterable of memoryviews."""
-    error: CheckpointError | None = None
+    error: Exception | None = None
     blocked_s: float = 0.0
 
 
@@ -114,8 +116,8 @@ class CheckpointSaver:
         self._parameters = [Parameter(name=n, shape=shape) for n, shape in zero_state.trainable_shapes(engine).items()]
         # Looked up once: it takes 8 ms, a quarter of the time that a save of 250 MB blocks.
         self._versions = {package: version(package) for package in ("torch", "deepspeed", "accelerate", "transformers")}
-        self._token, error = self._broadcast(_outcome(self._begin) if self._rank == 0 else None)
-        _raise_together({0: error} if error else {})
+        self._token, failure = self._broadcast(_outcome(self._begin) if self._rank == 0 else None)
+        _raise_together({0: failure} if failure else {})
         self._buffer = self._allocate_buffer() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -138,14 +140,15 @@ class CheckpointSaver:
         stopped_at: float | None = None,
     ) -> None:
         """Save the state after `step`. Waits for the save before, and raises its error; the new one is then not begun.
+        An error of this save is raised by the next `wait`, also without `asynchronous`.
 
         Args:
             metrics: the evaluation at this step.
             stopped_at: when training stopped for it, by time.monotonic(); None: now.
 
         Raises:
-            CheckpointError: on every rank, naming the ranks that failed, the file and the cause. Without
-                `asynchronous` the error is that of this save.
+            CheckpointError: on every rank, naming the ranks that failed, the file and the cause.
+            TrainingError: on every rank, for what no storage is to blame for.
         """
         job = _Job(step, time.monotonic() if stopped_at is None else stopped_at)
         self.wait()
@@ -156,20 +159,19 @@ class CheckpointSaver:
             job.manifest = self._manifest_maker(step, progress, metrics or {})
             job.content = self._snapshot(held) if self._buffer is not None else _live_content(held)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-            job.error = _as_checkpoint_error(error)
+            job.error = error
         job.blocked_s = time.monotonic() - job.started
         if self._buffer is not None:
             self._thread = threading.Thread(target=self._write_and_commit, args=(job,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write_and_commit(job)
-            self.wait()
 
     def wait(self) -> None:
         """Return when no save is under way.
 
         Raises:
-            CheckpointError: the last one failed; on every rank.
+            CheckpointError, TrainingError: the last one failed; on every rank.
             RuntimeError: another rank has gone meanwhile, in the words of the process group.
         """
         if self._thread is not None:
@@ -189,7 +191,12 @@ class CheckpointSaver:
     def _allocate_buffer(self) -> Tensor:
         numel = sum(fragment.numel for fragment in _fragments_to_write(self._engine))
         # Filled, so that the operating system hands out the memory now and not in the first save.
-        return torch.zeros((len(KINDS), numel), pin_memory=self._engine.device.type == "cuda")
+        buffer = torch.zeros((len(KINDS), numel))
+        if self._engine.device.type == "cuda" and numel:
+            # Pinned in place: torch's own pinned memory is rounded up to a power of two. Where the driver refuses, a
+            # copy takes longer, and that is all.
+            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+        return buffer
 
     def _snapshot(self, held: list[HeldFragment]) -> list[memoryview]:
         assert self._buffer is not None
@@ -230,15 +237,15 @@ class CheckpointSaver:
         temporary = self._store.temporary(job.step, self._token)
         try:
             outcomes = self._gather(_outcome(lambda: self._write_shard(job)))
-            errors: dict[int, str] = {}
+            failures: dict[int, _Failure] = {}
             if outcomes is not None:
-                errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error}
-                if not errors:
-                    _, error = _outcome(lambda: self._commit(job, dict(shard for shard, _ in outcomes)))
-                    errors = {0: error} if error else {}
-                if errors:
+                failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure}
+                if not failures:
+                    _, failure = _outcome(lambda: self._commit(job, dict(shard for shard, _ in outcomes)))
+                    failures = {0: failure} if failure else {}
+                if failures:
                     self._store.discard(temporary)
-            _raise_together(self._broadcast(errors))
+            _raise_together(self._broadcast(failures))
         except Exception as error:  # noqa: BLE001 - raised by the next `wait`
             self._error = error
 
@@ -260,7 +267,7 @@ class CheckpointSaver:
         checkpoint = self._store.commit(self._store.temporary(job.step, self._token), manifest)
         total_s = time.monotonic() - job.started
         warning = self._prune()
-        blocked_s = job.blocked_s if self._buffer is not None else total_s
+        blocked_s = job.blocked_s if self._buffer is not None else time.monotonic() - job.started
         self._on_committed(Saved(checkpoint, manifest.size_bytes, blocked_s, total_s, warning))
 
     def _prune(self) -> str:
@@ -276,7 +283,7 @@ class CheckpointSaver:
 
     # --- agreeing ----------------------------------------------------------------------------------------------------
 
-    def _gather(self, outcome: tuple[Any, str]) -> list[Any] | None:
+    def _gather(self, outcome: tuple[Any, _Failure | None]) -> list[Any] | None:
         """Every rank's outcome, on rank 0 alone: the shards' fragments are many."""
         outcomes = [None] * self._world_size if self._rank == 0 else None
         dist.gather_object(outcome, outcomes, dst=0, group=self._group)
@@ -289,22 +296,29 @@ class CheckpointSaver:
         return box[0]
 
 
-def _raise_together(errors: dict[int, str]) -> None:
-    """Raise CheckpointError if there is an error of any rank; called with the same ones on every rank."""
-    if errors:
-        raise CheckpointError("; ".join(f"rank {rank}: {error}" for rank, error in errors.items()), tuple(errors))
+class _Failure(NamedTuple):
+    """Why a rank failed, told to the others."""
+
+    text: str
+    is_of_storage: bool
 
 
-def _outcome(action: Callable[[], T]) -> tuple[T | None, str]:
-    """(result, "") or (None, error), so that it can be told to other ranks before anybody gives up."""
+def _raise_together(failures: Mapping[int, _Failure]) -> None:
+    """Raise an error if any rank has failed; called with the same failures on every rank."""
+    if failures:
+        kind = CheckpointError if all(failure.is_of_storage for failure in failures.values()) else TrainingError
+        raise kind("; ".join(f"rank {rank}: {failure.text}" for rank, failure in failures.items()), tuple(failures))
+
+
+def _outcome(action: Callable[[], T]) -> tuple[T | None, _Failure | None]:
+    """(result, None) or (None, failure), so that it can be told to other ranks before anybody gives up."""
     try:
-        return action(), ""
+        return action(), None
+    except CheckpointError as error:
+        return None, _Failure(str(error), is_of_storage=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-        return None, str(_as_checkpoint_error(error))
-
-
-def _as_checkpoint_error(error: Exception) -> CheckpointError:
-    return error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        return None, _Failure(f"{type(error).__name__}: {one_line(error)}", is_of_storage=False)
 
 
 def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
@@ -347,10 +361,10 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
         CheckpointError: on every rank, also if the checkpoint is of another model or seed. The engine's state is then
             undefined.
     """
-    manifest, error = _outcome(lambda: _load_local(engine, checkpoint, seed))
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    _raise_together({rank: error for rank, error in enumerate(errors) if error})
+    manifest, failure = _outcome(lambda: _load_local(engine, checkpoint, seed))
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    _raise_together({rank: failure for rank, failure in enumerate(failures) if failure})
     assert manifest is not None
     zero_state.publish_weights(engine)
     engine.global_steps = manifest.step

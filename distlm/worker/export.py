@@ -23,7 +23,15 @@ from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import CHUNK_BYTES, ITEM_BYTES, TensorFile, write_tensor_file
-from distlm.errors import CheckpointError, DistlmError, ExitCode, InfrastructureError, InputError
+from distlm.console import say
+from distlm.errors import (
+    CheckpointError,
+    DistlmError,
+    ExitCode,
+    InfrastructureError,
+    InputError,
+    os_error_text,
+)
 from distlm.run_folder import RunFolder, read_json, whole_folder
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -32,9 +40,9 @@ _WEIGHTS_NAME = "model.safetensors"
 logger = logging.getLogger(__name__)
 
 
-def export_run(run: RunFolder) -> None:
-    """Write model/ from the newest good checkpoint, in place of an earlier one."""
-    checkpoint, manifest = choose_checkpoint(run, "last")
+def export_run(run: RunFolder, step: int) -> None:
+    """Write model/ from the checkpoint of a step, and of no other, in place of an earlier one."""
+    checkpoint, manifest = choose_checkpoint(run, str(step))
     export_checkpoint(run, checkpoint, manifest, run.model, replace=True)
 
 
@@ -195,14 +203,16 @@ def _write_weights(path: Path, initial: TensorFile, parameters: dict[str, str], 
 
 
 def _free_place(path: Path) -> Path:
-    """Where a folder can appear by a rename, its parent made. Raises InputError."""
+    """Where a folder can appear by a rename. Raises InputError."""
     try:
         folder = path.resolve()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{path} exists and is no empty folder; name a new one")
         if folder == Path.cwd() or folder.is_mount():
             raise InputError(f"{path} is the current folder or a mount point; name a new folder in it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        parent = next(parent for parent in folder.parents if parent.exists())
+        if not parent.is_dir():
+            raise InputError(f"cannot make {path}: {parent} is a file")
     except (OSError, RuntimeError) as error:  # the latter for links in a circle
         raise InputError(f"cannot make {path}: {getattr(error, 'strerror', error)}") from error
     return folder
@@ -213,7 +223,7 @@ def _export(options: argparse.Namespace) -> None:
     run = RunFolder(options.run_folder.absolute())
     checkpoint, manifest = choose_checkpoint(run, options.step)
     export_checkpoint(run, checkpoint, manifest, folder)
-    print(f"step {manifest.step} of run {run.run_id} exported to {options.folder}")
+    say(f"step {manifest.step} of run {run.run_id} exported to {options.folder}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,16 +233,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", default="last")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="distlm: warning: %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-written folder is removed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # a half-written folder is removed
     try:
         _export(options)
     except DistlmError as error:
         for line in str(error).splitlines():
-            print(f"distlm: {line}", file=sys.stderr)
+            say(f"distlm: {line}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"distlm: {error.name} is not installed here; run: pip install 'distlm[train]'", file=sys.stderr)
+        say(f"distlm: {error.name} is not installed here; run: pip install 'distlm[train]'", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except OSError as error:
+        say(f"distlm: {os_error_text(error)}", file=sys.stderr)
+        return ExitCode.INFRASTRUCTURE
     except KeyboardInterrupt:
         return ExitCode.CANCELLED
     return ExitCode.SUCCEEDED

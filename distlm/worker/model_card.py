@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from distlm import __version__
 from distlm.checkpoint.manifest import Manifest
-from distlm.config.attempt import Attempt
+from distlm.config.attempt import Attempt, accepted_attempts
 from distlm.config.resolve import NOT_SEMANTICS, semantic_params
 from distlm.errors import InputError
 from distlm.redact import redact_uri
@@ -38,7 +37,7 @@ def model_card(run: RunFolder, manifest: Manifest) -> str:
         tree, prepared = read_yaml(run.run_yaml), read_json(run.init / "prepared.json")
         model_type = read_json(run.init / "model" / "config.json")["model_type"]
         name = _line(tree["name"])
-        metadata = _metadata(name, tree, model_type, manifest)
+        metadata = _metadata(name, tree, prepared, model_type, manifest)
         sections = (
             f"---\n{metadata.to_yaml()}\n---",
             f"# {name}",
@@ -56,7 +55,9 @@ def model_card(run: RunFolder, manifest: Manifest) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(name: str, tree: Mapping[str, Any], model_type: str, manifest: Manifest) -> ModelCardData:
+def _metadata(
+    name: str, tree: Mapping[str, Any], prepared: Mapping[str, Any], model_type: str, manifest: Manifest
+) -> ModelCardData:
     results = [
         EvalResult(
             task_type="fill-mask",
@@ -72,7 +73,7 @@ def _metadata(name: str, tree: Mapping[str, Any], model_type: str, manifest: Man
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="fill-mask",
-        base_model=_repository(tree["model"]["name_or_path"]),
+        base_model=_repository(tree["model"]["name_or_path"]) if prepared.get("is_from_hub") else None,
         tags=["distlm", "masked-lm", model_type],
         model_name=name if results else None,
         eval_results=results or None,
@@ -80,10 +81,8 @@ def _metadata(name: str, tree: Mapping[str, Any], model_type: str, manifest: Man
 
 
 def _repository(name_or_path: str | None) -> str | None:
-    """The pretrained model's name on the Hub; None for a folder."""
-    if name_or_path is None or Path(name_or_path).exists() or not _REPOSITORY.fullmatch(name_or_path):
-        return None
-    return name_or_path
+    """A name that the Hub can have; None for others, such as an unexpanded ${VAR}."""
+    return name_or_path if name_or_path and _REPOSITORY.fullmatch(name_or_path) else None
 
 
 def _what_it_is(
@@ -158,12 +157,11 @@ def _training(run: RunFolder, tree: Mapping[str, Any], manifest: Manifest) -> st
 
 
 def _changes(run: RunFolder) -> Iterator[str]:
-    for folder in run.attempts():
-        if folder.attempt_yaml.exists():
-            attempt = Attempt.read(folder)
-            overrides = [item for item in attempt.overrides if not item.startswith(NOT_SEMANTICS)]
-            if attempt.changes and overrides:  # those of the first attempt are in run.yaml
-                yield f"- attempt {folder.number}: {', '.join(map(_code, overrides))}"
+    for folder in accepted_attempts(run):
+        attempt = Attempt.read(folder)
+        overrides = [item for item in attempt.overrides if not item.startswith(NOT_SEMANTICS)]
+        if attempt.changes and overrides:  # those of the first attempt are in run.yaml
+            yield f"- attempt {folder.number}: {', '.join(map(_code, overrides))}"
 
 
 def _evaluation(tree: Mapping[str, Any], prepared: Mapping[str, Any], manifest: Manifest) -> str:

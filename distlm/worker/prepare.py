@@ -8,6 +8,7 @@ data is still the same.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ class Prepared:
     """`distlm.data.prepare.DataInfo`: counts, sources and digests of the data."""
     data_was_cached: bool
     """Nothing was tokenised for this attempt."""
+    is_from_hub: bool = False
+    """`model.name_or_path` names a model on the Hub, not a folder."""
 
 
 def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
@@ -93,6 +96,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         forward_flops_per_sample=forward_flops_per_sample(model_config, config.data.max_seq_length),
         data_info=asdict(data.info),
         data_was_cached=data.cached,
+        is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
     )
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))

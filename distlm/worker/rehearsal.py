@@ -75,6 +75,10 @@ class SampleLog:
         self._path, self._kill = samples_path(attempt.samples, rank), kill
 
     def __call__(self, micro_batches: list[MicroBatch]) -> None:
-        write_samples(self._path, micro_batches)
+        """Raises InfrastructureError if the storage failed."""
+        try:
+            write_samples(self._path, micro_batches)
+        except OSError as error:
+            raise InfrastructureError(f"cannot write {self._path}: {error.strerror}") from error
         if self._kill and micro_batches[0].step == self._kill.step:
             self._kill.wait_and_kill(self._path.with_suffix(f".{KILLED}"))

@@ -157,8 +157,9 @@ class Worker:
                 self.device, torch.float32 if self.settings.mixed_precision == "no" else torch.bfloat16
             )
         )
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._num_targets = torch.zeros((), device=self.device)
+        # In double precision, so that what is reported does not depend on the order in which many are added up.
+        self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+        self._num_targets = torch.zeros((), device=self.device, dtype=torch.float64)
 
     # --- the parts of the loop ---------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from distlm.checkpoint.tensor_file import CHUNK_BYTES, write_tensor_file
 from distlm.config.attempt import begin_attempt, create_run
 from distlm.config.load import LoadedConfig, load_config
 from distlm.errors import CheckpointError, ExitCode
-from distlm.run_folder import RunFolder
+from distlm.run_folder import RunFolder, read_json, write_json
 from distlm.worker.export import choose_checkpoint, export_checkpoint, export_run
 from distlm.worker.model import build_model_config, load_model, save_initial_model
 from distlm.worker.prepare import prepare_run
@@ -313,13 +313,18 @@ def test_what_is_not_trained_is_copied(own: Run, tmp_path: Path) -> None:
 
 
 def test_the_model_of_a_run_follows_its_last_checkpoint(own: Run) -> None:
-    export_run(own.folder)
+    export_run(own.folder, 30)
     require_weights(own.folder.model, saved_weights(own.folder.checkpoints / "step-00000030"))
     (own.folder.model / "of_before").write_text("")
     own.commit(40)
-    export_run(own.folder)
+    export_run(own.folder, 40)
     require_weights(own.folder.model, saved_weights(own.folder.checkpoints / "step-00000040"))
     assert not (own.folder.model / "of_before").exists()
+    written = (own.folder.model / "model.safetensors").read_bytes()
+    flip_a_byte(own.folder.checkpoints / "step-00000040" / "shard-00001-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"step-00000040/.* was altered"):
+        export_run(own.folder, 40)
+    assert (own.folder.model / "model.safetensors").read_bytes() == written, "no older checkpoint in its place"
     assert not [path.name for path in own.folder.path.iterdir() if path.name.startswith(".")]
 
 
@@ -375,10 +380,20 @@ def test_the_card_of_a_step_that_was_not_evaluated(bert: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "base_model"),
-    [("google/bert", "google/bert"), ("${MODEL}", None), ("/data/bert", None), ("a`b|c", None)],
+    ("name", "is_from_hub", "base_model"),
+    [
+        ("google/bert", True, "google/bert"),
+        ("models/bert", False, None),  # a folder, wherever the card is written
+        ("${MODEL}", True, None),
+        ("/data/bert", False, None),
+        ("a`b|c", True, None),
+    ],
 )
-def test_the_card_names_what_training_started_from(own: Run, tmp_path: Path, name: str, base_model: str | None) -> None:
+def test_the_card_names_what_training_started_from(
+    own: Run, tmp_path: Path, name: str, is_from_hub: bool, base_model: str | None
+) -> None:
+    prepared = read_json(own.folder.init / "prepared.json")
+    write_json(own.folder.init / "prepared.json", prepared | {"is_from_hub": is_from_hub})
     tree = yaml.safe_load(own.folder.run_yaml.read_text())
     tree["model"] = {"name_or_path": name, "config": None, "attn_implementation": "sdpa"}
     own.folder.run_yaml.write_text(yaml.safe_dump(tree))
@@ -473,6 +488,7 @@ def test_places_that_are_taken(bert: Run, tmp_path: Path) -> None:
         refused = refusal(ExitCode.BAD_INPUT, bert.folder.path, tmp_path / name)
         assert refused == f"{tmp_path / name} exists and is no empty folder; name a new one"
     assert "cannot make" in refusal(ExitCode.BAD_INPUT, bert.folder.path, tmp_path / "full/file/below")
+    assert "no checkpoint of step 15" in refusal(ExitCode.BAD_INPUT, bert.folder.path, tmp_path / "a/b", "--step", "15")
     assert "cannot make" in refusal(ExitCode.BAD_INPUT, bert.folder.path, tmp_path / "link")
     (tmp_path / "empty").mkdir()
     assert "current folder" in refusal(ExitCode.BAD_INPUT, bert.folder.path, ".", cwd=tmp_path / "empty")

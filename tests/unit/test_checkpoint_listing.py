@@ -179,7 +179,11 @@ def test_best_follows_the_last_resume(run: RunFolder, capsys: pytest.CaptureFixt
     commit(run, 10, loss=2.0, accuracy=0.9)
     assert best_by(run) == LOSS
     changes = ["training.max_steps=40", "training.metric_for_best_model=accuracy"]
-    run.attempts()[-1].attempt_yaml.write_text(yaml.safe_dump({"target": "local", "changes": changes}))
+    run.attempts()[-1].attempt_yaml.write_text(
+        yaml.safe_dump({"target": "local", "distlm_version": "1", "changes": changes})
+    )
+    assert best_by(run) == BestBy("eval/accuracy", greater_is_better=True)
+    run.new_attempt()  # one that found no room for its attempt.yaml
     assert best_by(run) == BestBy("eval/accuracy", greater_is_better=True)
     _, out, _ = command(run, capsys)
     header, newest, older = out.splitlines()

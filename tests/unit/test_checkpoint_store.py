@@ -29,7 +29,7 @@ from fabricated import SMALL, read, save_for_ever, state, write
 
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
-from distlm.errors import CheckpointError
+from distlm.errors import CheckpointError, UnknownFormatError, UnreadableError
 
 STEPS = (3, 5, 8, 13)
 SHARDS = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
@@ -85,6 +85,16 @@ def accepts(checkpoint: Checkpoint) -> bool:
     return True
 
 
+def is_of_another_format(checkpoint: Checkpoint) -> bool:
+    try:
+        CheckpointStore(checkpoint.path.parent).manifest(checkpoint)
+    except UnknownFormatError:
+        return True
+    except CheckpointError:
+        pass
+    return False
+
+
 def require_consistent(folder: Path) -> Checkpoint | None:
     """All answers of the store agree on what is whole, and deleting and clearing keeps it. Returns the latest good."""
     store = CheckpointStore(folder)
@@ -99,7 +109,8 @@ def require_consistent(folder: Path) -> Checkpoint | None:
     store.prune(1)
     assert store.latest_good()[0] == latest
     if latest:
-        assert all(checkpoint.step >= latest.step for checkpoint in store.checkpoints())
+        older = [checkpoint for checkpoint in store.checkpoints() if checkpoint.step < latest.step]
+        assert all(is_of_another_format(checkpoint) for checkpoint in older)
     store.clean()
     assert not store.unfinished()
     after = store.latest_good()[0]
@@ -529,6 +540,61 @@ def test_a_folder_that_cannot_be_read_is_no_empty_folder(folder: Path, monkeypat
     for question in (store.checkpoints, store.latest_good, store.clean, lambda: store.prune(1)):
         with pytest.raises(CheckpointError, match="Input/output error"):
             question()
+
+
+def fail_to_stat(patch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    real = os.stat
+
+    def stat(of: Any, **options: Any) -> os.stat_result:
+        if Path(of) == path:
+            raise OSError(code, os.strerror(code))
+        return real(of, **options)
+
+    patch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_checkpoint_that_the_storage_does_not_tell_of_is_not_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fail_to_stat(monkeypatch, path_of(folder, 13), code)
+    store = CheckpointStore(folder)
+    for question in (store.checkpoints, store.latest_good, lambda: store.prune(1)):
+        with pytest.raises(UnreadableError, match=os.strerror(code)):
+            question()
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, SHARDS[0]])
+def test_what_cannot_be_read_at_the_moment_is_not_deleted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It was the best one, and nobody can tell now."""
+    store = CheckpointStore(folder)
+    assert store.best("eval/loss", False) == Checkpoint(5, path_of(folder, 5))
+    with monkeypatch.context() as patch:
+        fail_to_stat(patch, path_of(folder, 5) / name, errno.EIO)
+        best = store.best("eval/loss", False)
+        assert best == Checkpoint(3, path_of(folder, 3))
+        store.prune(1, best)
+    assert [checkpoint.step for checkpoint in store.checkpoints()] == [13, 5, 3]
+    store.prune(1, store.best("eval/loss", False))
+    assert [checkpoint.step for checkpoint in store.checkpoints()] == [13, 5]
+
+
+def test_deleting_reads_no_large_file_where_one_was_just_committed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when a newer one is damaged, which would be found again at each save."""
+    flip(path_of(folder, 13) / SHARDS[0], random.Random(0))
+    store = CheckpointStore(folder)
+    write(store, 9)
+
+    def fail(*_: object) -> str:
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr("distlm.checkpoint.store.file_sha256", fail)
+    store.prune(2)
+    assert [checkpoint.step for checkpoint in store.checkpoints()] == [13, 9]
 
 
 # --- storage that fails in the middle of a save -----------------------------------------------------------------------

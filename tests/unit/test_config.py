@@ -11,7 +11,7 @@ from distlm.config.attempt import Attempt, changed_config, create_run, load_atte
 from distlm.config.load import LoadedConfig, load_config, parse_yaml
 from distlm.config.resolve import batch_plan, contradictions, flatten, semantic_params, warmup_steps
 from distlm.errors import ExitCode, InputError, Problem
-from distlm.run_folder import RunFolder
+from distlm.run_folder import RunFolder, write_json
 
 ROOT = Path(__file__).parents[2]
 VALID = """\
@@ -283,6 +283,35 @@ class TestResume:
         assert (loaded.config.training.max_steps, loaded.config.resources.num_workers) == (20, 2)
         Attempt("local", "0", changes=changes).write(attempt := run.new_attempt())
         assert load_attempt(run, attempt).config == loaded.config
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["data.validation=[{source: python-docs}]"],
+            ["training.lr_scheduler_type=constant"],
+            ["deepspeed.zero_stage=3", "deepspeed.offload_param_device=cpu"],
+        ],
+    )
+    def test_what_can_be_submitted_can_be_resumed(self, tmp_path: Path, overrides: list[str]) -> None:
+        """Though run.yaml holds all keys, also those that have no meaning beside others that were given."""
+        loaded = load(tmp_path, VALID, *overrides)
+        run = RunFolder.create(tmp_path / "runs", "20260101-000000-bbbbbb")
+        create_run(loaded, run)
+        again, changes = changed_config(run, ["training.max_steps=20"], contradictions)
+        assert changes == ["training.max_steps=20"]
+        assert again.config.model_copy(update={"training": loaded.config.training}) == loaded.config
+
+    def test_changes_that_were_refused_are_not_in_force(self, tmp_path: Path) -> None:
+        run = self.make_run(tmp_path)
+        for changes, code in ((["training.max_steps=20"], 3), (["training.max_steps=20", "seed=7"], 2)):
+            attempt = run.new_attempt()
+            Attempt("local", "0", changes=changes).write(attempt)
+            write_json(attempt.result_json, {"exit_code": code})
+        run.new_attempt()  # without an attempt.yaml
+        assert changed_config(run, ["resources.num_workers=2"], contradictions)[1] == [
+            "training.max_steps=20",
+            "resources.num_workers=2",
+        ]
 
     @pytest.mark.parametrize(
         "override", ["training.learning_rate=0.1", "seed=1", "data.max_seq_length=32", "name=other"]

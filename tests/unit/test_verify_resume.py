@@ -29,13 +29,14 @@ from distlm.errors import (
     Cancelled,
     CheckpointError,
     DistlmError,
+    ExitCode,
     InfrastructureError,
     InputError,
     NonFiniteLossError,
     Problem,
     TrainingError,
 )
-from distlm.run_folder import AttemptFolder, RunFolder
+from distlm.run_folder import AttemptFolder, RunFolder, write_json
 from distlm.tracking.records import Record, encode_line
 from distlm.verify_resume import command
 from distlm.verify_resume.command import (
@@ -333,7 +334,10 @@ class TestKill:
     def run(self, tmp_path: Path) -> RunFolder:
         return RunFolder.create(tmp_path, "run")
 
-    def test_the_worker_dies_once_checkpoint_and_metrics_are_on_disk(self, run: RunFolder) -> None:
+    @pytest.mark.parametrize("checkpoint_first", [True, False])
+    def test_the_worker_dies_once_checkpoint_and_metrics_are_on_disk(
+        self, run: RunFolder, checkpoint_first: bool
+    ) -> None:
         attempt = run.new_attempt()
         worker = multiprocessing.get_context("spawn").Process(target=train_with_a_log, args=(attempt, run))
         worker.start()
@@ -341,13 +345,19 @@ class TestKill:
         while not any(m.step == 4 for m in read_samples(attempt.samples)):
             assert time.monotonic() < deadline and worker.is_alive()
             time.sleep(0.02)
-        (run.checkpoints / "step-00000002").mkdir(parents=True)
+
+        def save() -> None:
+            (run.checkpoints / "step-00000002").mkdir(parents=True)
+
+        def record() -> None:
+            lines = (encode_line(Record(s, 1, 0, {"train/loss": 7.0}).to_message()) for s in (1, 2, 3))
+            attempt.metrics_jsonl.write_bytes(b"".join(lines))
+
+        first, second = (save, record) if checkpoint_first else (record, save)
+        first()
         worker.join(0.5)
-        assert worker.is_alive() and not was_killed(attempt), "the metrics of step 3 are missing"
-        values = {"train/loss": 7.0}
-        attempt.metrics_jsonl.write_bytes(
-            b"".join(encode_line(Record(s, 1, 0, values).to_message()) for s in (1, 2, 3))
-        )
+        assert worker.is_alive() and not was_killed(attempt), "the other of the two is missing"
+        second()
         worker.join(60)
         assert worker.exitcode == -signal.SIGKILL and was_killed(attempt)
         assert [m.step for m in read_samples(attempt.samples)] == [1, 2, 3, 4]
@@ -360,6 +370,12 @@ class TestKill:
         ):
             train_with_a_log(attempt, run)
         assert not was_killed(attempt)
+
+    def test_a_full_disk_is_no_failure_of_the_training(self, run: RunFolder) -> None:
+        attempt = run.new_attempt()
+        attempt.samples.write_text("a file where a folder is needed")
+        with pytest.raises(InfrastructureError, match=r"cannot write .*rank-00001\.jsonl: "):
+            SampleLog(attempt, 1)([micro_batch(1, 0)])
 
     @pytest.mark.parametrize(
         ("asked", "rank", "kills"),
@@ -402,6 +418,21 @@ class TestFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
         assert signal.getsignal(signal.SIGTERM) == before
 
+    def test_runs_that_were_through_stay_when_the_input_turns_out_to_be_bad(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError), folder_for_runs(tmp_path, keep=False) as folder:
+            write_json(RunFolder.create(folder.path, "run").new_attempt().result_json, {})
+            raise InputError("no room for that many workers")
+        assert folder.path.is_dir()
+
+    def test_a_storage_without_links_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+        with pytest.raises(InputError, match="not permitted"), folder_for_runs(tmp_path, keep=False):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
     @pytest.mark.parametrize("error", [None, InfrastructureError("disk"), TrainingError("nan"), ValueError("bug")])
     def test_it_stays_and_is_named(
         self, error: Exception | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -437,6 +468,14 @@ def test_a_run_that_fails_otherwise_passes_its_code_on(error: DistlmError, expec
     assert raised.value.exit_code == error.exit_code
     if isinstance(error, InputError):
         assert str(raised.value) == str(error)
+
+
+def test_bad_input_without_a_list_of_problems_is_passed_on(tmp_path: Path) -> None:
+    """As when a worker refuses it, or when a package is not installed."""
+    attempt = RunFolder.create(tmp_path, "run").new_attempt()
+    write_result(attempt, Outcome(ExitCode.BAD_INPUT, "ray is not installed here"), 0.0)
+    with pytest.raises(InputError, match="because a run failed: ray is not installed here; see "):
+        raise_failure(ExitCode.BAD_INPUT, attempt)
 
 
 class TestPlan:
@@ -493,19 +532,28 @@ def test_the_default_sizes(workers: int, cores: int, expected: list[int], monkey
     assert default_sizes(config(f"resources.num_workers={workers}")) == expected
 
 
+def test_of_another_cluster_no_more_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert default_sizes(config("resources.num_workers=1")) == [1, 1]
+    assert default_sizes(config("resources.num_workers=2")) == [2, 2, 1]
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert default_sizes(config("resources.num_workers=1")) == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("warmup", "expected"), [("0.06", 0.06), ("12", 12), ("13", 6), ("1000", 6), ("0", 0)]
 )  # fmt: skip
 def test_the_config_of_the_runs_is_valid_and_short(warmup: str, expected: float) -> None:
     users = config(f"training.warmup_steps={warmup}", "tracking.registered_model_name=mine")
-    overrides = rehearsal_overrides(users, make_plan(12, [2, 2, 1]), Path("a, [strange]: folder"))
+    overrides = rehearsal_overrides(users, make_plan(12, [2, 2, 1]), Path("a, [strange]: \N{GRINNING FACE} folder"))
     changed = config(f"training.warmup_steps={warmup}", "tracking.registered_model_name=mine", *overrides)
     training = changed.training
     assert training.warmup_steps == expected
     assert (training.max_steps, training.num_train_epochs, training.save_steps) == (12, None, 3)
     assert (training.logging_steps, training.eval_steps, training.save_total_limit) == (1, None, None)
     assert (changed.tracking.report_to, changed.tracking.log_model) == ([], False)
-    assert changed.runs_dir == "a, [strange]: folder"
+    assert changed.runs_dir == "a, [strange]: \N{GRINNING FACE} folder"
     assert (changed.data, changed.model) == (users.data, users.model)
 
 
