@@ -43,6 +43,7 @@ def save(engine: Any, folder: Path, step: int) -> Checkpoint:
     """Save in the foreground, with a saver of its own, and return the committed checkpoint."""
     saver = CheckpointSaver(engine, CheckpointStore(folder), seed=SEED, asynchronous=False)
     saver.save(step, Progress(sample_position=16 * step, epoch=0))
+    saver.wait()
     return checkpoint_at(folder, step)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 import torch.distributed as dist
 from place import CONFIG, Command, Place, wait_until
 from ranks import free_port, run_on_ranks
+from tiny_runs import HALF, STEPS, Training, make_base, train_once
 from tiny_training import WORLD_SIZE, fresh_engine, settings, train_step, write_initial_weights
 
 from distlm.checkpoint.manifest import Manifest, Progress
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
-from distlm.errors import CheckpointError, ExitCode
+from distlm.errors import CheckpointError, DistlmError, ExitCode
 from distlm.run_folder import read_json
 from distlm.tracking.records import read_metrics
 from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
@@ -159,6 +161,74 @@ def test_saves_on_failing_storage_leave_what_was_and_say_why(tmp_path: Path, ini
             assert store.verify(checkpoint).optimizer.adam_step == checkpoint.step
 
 
+# --- trainings whose saves fail ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FailingSave:
+    """A training whose second worker cannot write its shard of one step."""
+
+    step: int
+    error: Exception = CheckpointError(f"cannot write the shard: {NO_SPACE}")  # noqa: RUF009 - never changed
+    overrides: tuple[str, ...] = ()
+
+    def train(self, training: Training) -> tuple[str, str]:
+        """On each rank: the type and the text of what it raises, if it does."""
+        write_shard = CheckpointStore.write_shard
+
+        def fail_at_step(store: CheckpointStore, temporary: Path, rank: int, *arguments: Any) -> Any:
+            if rank == 1 and f"-{self.step:08d}." in temporary.name:
+                raise self.error
+            return write_shard(store, temporary, rank, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CheckpointStore, "write_shard", fail_at_step)
+            try:
+                train_once(training, [])
+            except DistlmError as error:
+                return type(error).__name__, str(error)
+        return "", ""
+
+
+GO_ON, IN_THE_FOREGROUND = "training.on_save_error=continue", "training.async_save=false"
+BUG = KeyError("a bug")
+FAILING_SAVES: dict[str, tuple[FailingSave, str, tuple[str, ...], list[int]]] = {
+    # what fails; the error; what its text says; the checkpoints that are there in the end
+    "goes on": (FailingSave(HALF, overrides=(GO_ON,)), "", (), [STEPS]),
+    "goes on, in the foreground": (FailingSave(HALF, overrides=(GO_ON, IN_THE_FOREGROUND)), "", (), [STEPS]),
+    "stops": (FailingSave(HALF), "CheckpointError", ("rank 1: cannot write", NO_SPACE, "make room"), []),
+    "stops, in the foreground": (
+        FailingSave(HALF, overrides=(IN_THE_FOREGROUND,)), "CheckpointError", ("rank 1: ", "make room"), [],
+    ),
+    "the last one": (FailingSave(STEPS, overrides=(GO_ON,)), "CheckpointError", ("rank 1: ", "make room"), [HALF]),
+    "the last one, in the foreground": (
+        FailingSave(STEPS, overrides=(GO_ON, IN_THE_FOREGROUND)), "CheckpointError", ("rank 1: ", "make room"), [HALF],
+    ),
+    "no fault of the storage": (
+        FailingSave(HALF, BUG, (GO_ON,)), "TrainingError", ("rank 1: KeyError: 'a bug'",), [],
+    ),
+}  # fmt: skip
+
+
+def train_all_with_failing_saves(trainings: dict[str, Training]) -> dict[str, tuple[str, str]]:
+    return {name: FAILING_SAVES[name][0].train(training) for name, training in trainings.items()}
+
+
+def test_a_save_that_fails_stops_the_training_or_not_as_the_config_says(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    trainings = {
+        name: base.training(name.replace(" ", "-"), *case[0].overrides) for name, case in FAILING_SAVES.items()
+    }
+    ranks = run_on_ranks(train_all_with_failing_saves, 2, trainings)
+    assert ranks[0] == ranks[1], "all ranks raise the same error"
+    for name, (_, kind, words, steps) in FAILING_SAVES.items():
+        error, text = ranks[0][name]
+        assert error == kind and all(word in text for word in words) and "\n" not in text, (name, error, text)
+        store = CheckpointStore(trainings[name].run.checkpoints)
+        assert [checkpoint.step for checkpoint in store.checkpoints()] == steps, name
+        assert not store.unfinished(), name
+
+
 # --- engines that are killed ------------------------------------------------------------------------------------------
 
 NUM_KILLS = 10
@@ -279,6 +349,7 @@ def save_one(folder: Path, init: Path) -> None:
     _, engine = fresh_engine(settings(2), init)
     saver = CheckpointSaver(engine, CheckpointStore(folder), seed=SEED, asynchronous=False)
     saver.save(1, progress_at(1))
+    saver.wait()
 
 
 def forge(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
