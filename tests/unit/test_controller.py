@@ -16,7 +16,7 @@ from fabricated import give_format_version, write
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.config.load import load_tree
 from distlm.controller.__main__ import main, write_result
-from distlm.controller.attempt import checkpoint_to_continue
+from distlm.controller.attempt import AttemptController, checkpoint_to_continue
 from distlm.controller.policy import Outcome, StopAtFirstFailure
 from distlm.controller.preflight import check_free_space
 from distlm.controller.progress import Progress, format_duration
@@ -233,3 +233,44 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypat
     check_free_space(config.config, run_with_checkpoints(tmp_path / "resumed", 10, 20), num_parameters)
     with pytest.raises(InputError, match="3 checkpoints and the model of 1,000 parameters need"):
         check_free_space(config.config, make_run(tmp_path / "new")[0], num_parameters)
+
+
+# --- what the workers report ------------------------------------------------------------------------------------------
+
+
+def test_messages_that_come_late_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mailbox on a busy machine answers after we have stopped waiting; it has given its messages away by then."""
+    import ray
+
+    class Drain:
+        calls = 0
+
+        def remote(self) -> list[dict[str, Any]]:
+            self.calls += 1
+            return [{"kind": "failure", "message": f"answer {self.calls}"}]
+
+    class Mailbox:
+        drain = Drain()
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.messages: list[dict[str, Any]] = []
+
+        def record(self, messages: list[dict[str, Any]]) -> None:
+            self.messages += messages
+
+    late = iter([True, True, False, False])
+
+    def get(reference: Any, timeout: float) -> Any:
+        if next(late):
+            raise ray.exceptions.GetTimeoutError
+        return reference
+
+    monkeypatch.setattr(ray, "get", get)
+    controller = AttemptController.__new__(AttemptController)
+    controller.failures, controller._asked_for = [], None
+    recorded: Any = Recorded()
+    for _ in range(4):
+        controller._record(recorded, Mailbox())
+    assert [message["message"] for message in recorded.messages] == ["answer 1", "answer 2"]
+    assert controller.failures == recorded.messages and controller._asked_for is None
