@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distlm import __version__
-from distlm.console import say
-from distlm.errors import DistlmError, ExitCode, InputError, os_error_text
+from distlm.console import exit_code_of, say
+from distlm.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
     from distlm.run_folder import RunFolder
@@ -34,17 +34,7 @@ exit codes: 0 none is damaged or unknown (or there are none); 2 bad input; 3 som
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; errors made on purpose end as text on stderr, without a traceback."""
     options = _parse(arguments)
-    try:
-        return int(options.verb(options))
-    except DistlmError as error:
-        for line in str(error).splitlines():
-            say(f"distlm: {line}", file=sys.stderr)
-        return int(error.exit_code)
-    except OSError as error:
-        say(f"distlm: {os_error_text(error)}", file=sys.stderr)
-        return int(ExitCode.INFRASTRUCTURE)
-    except KeyboardInterrupt:
-        return int(ExitCode.CANCELLED)
+    return exit_code_of(lambda: options.verb(options))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,10 +1,13 @@
-"""What commands print for people and programs."""
+"""What commands print for people and programs, and how they end."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
+
+from distlm.errors import DistlmError, ExitCode
 
 
 def say(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
@@ -16,3 +19,24 @@ def say(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
     except BrokenPipeError:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; an error ends as text on stderr, without a traceback.
+
+    Mistakes of ours are raised.
+    """
+    try:
+        return int(command())
+    except DistlmError as error:
+        text, code = str(error), error.exit_code
+    except ModuleNotFoundError as error:
+        text, code = f"{error.name} is not installed here; run: pip install 'distlm[train]'", ExitCode.BAD_INPUT
+    except OSError as error:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        code = ExitCode.INFRASTRUCTURE
+    except KeyboardInterrupt:
+        return int(ExitCode.CANCELLED)
+    for line in text.splitlines():
+        say(f"distlm: {line}", file=sys.stderr)
+    return int(code)

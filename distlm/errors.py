@@ -58,11 +58,6 @@ class Problem:
         return cls(**data)
 
 
-def os_error_text(error: OSError) -> str:
-    """What the operating system refused, in one line: the file, where one is known, and why."""
-    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-
-
 class DistlmError(Exception):
     """Base of all errors raised on purpose. The text is one line for the user: cause first, then the remedy."""
 

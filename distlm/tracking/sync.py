@@ -7,7 +7,8 @@ from pathlib import Path
 
 from distlm.config.attempt import load_attempt
 from distlm.config.schema import RunConfig
-from distlm.errors import DistlmError, ExitCode, InfrastructureError, InputError
+from distlm.console import exit_code_of, say
+from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, lease
 from distlm.tracking import Tracker
@@ -52,12 +53,11 @@ def _sync(run: RunFolder, tracker: Tracker) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        print(sync_run(RunFolder(Path(arguments[0]))))
-    except DistlmError as error:
-        print(f"distlm: {error}", file=sys.stderr)
-        return error.exit_code
-    return ExitCode.SUCCEEDED
+    def command() -> int:
+        say(sync_run(RunFolder(Path(arguments[0]))))
+        return ExitCode.SUCCEEDED
+
+    return exit_code_of(command)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,12 @@ from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import CHUNK_BYTES, ITEM_BYTES, TensorFile, write_tensor_file
-from distlm.console import say
+from distlm.console import exit_code_of, say
 from distlm.errors import (
     CheckpointError,
-    DistlmError,
     ExitCode,
     InfrastructureError,
     InputError,
-    os_error_text,
 )
 from distlm.run_folder import RunFolder, read_json, whole_folder
 
@@ -218,12 +216,13 @@ def _free_place(path: Path) -> Path:
     return folder
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> int:
     folder = _free_place(options.folder)
     run = RunFolder(options.run_folder.absolute())
     checkpoint, manifest = choose_checkpoint(run, options.step)
     export_checkpoint(run, checkpoint, manifest, folder)
     say(f"step {manifest.step} of run {run.run_id} exported to {options.folder}")
+    return ExitCode.SUCCEEDED
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -236,21 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)  # a half-written folder is removed
-    try:
-        _export(options)
-    except DistlmError as error:
-        for line in str(error).splitlines():
-            say(f"distlm: {line}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        say(f"distlm: {error.name} is not installed here; run: pip install 'distlm[train]'", file=sys.stderr)
-        return ExitCode.BAD_INPUT
-    except OSError as error:
-        say(f"distlm: {os_error_text(error)}", file=sys.stderr)
-        return ExitCode.INFRASTRUCTURE
-    except KeyboardInterrupt:
-        return ExitCode.CANCELLED
-    return ExitCode.SUCCEEDED
+    return exit_code_of(lambda: _export(options))
 
 
 if __name__ == "__main__":
