@@ -80,8 +80,9 @@ def read(checkpoint: Checkpoint, manifest: Manifest) -> dict[tuple[str, str], by
 
 
 def save_for_ever(folder: Path, shapes: dict[str, list[int]], committed: Connection) -> None:
-    """Continue after the newest good checkpoint, save step after step, each third one twice, and keep two. Tells each
-    step when it is committed, until somebody kills us."""
+    """Continue after the newest good checkpoint, save step after step, each third one twice, and keep two. Says None
+    when it begins, then each step when it is committed, until somebody kills us."""
+    committed.send(None)
     store = CheckpointStore(folder)
     store.clean()
     newest, _ = store.latest_good()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,35 +267,43 @@ def test_without_a_tracker_the_file_is_all(run: RunFolder) -> None:
     assert recorder.close("FINISHED")
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """A function that sets how large a file may become: the write is cut short, then refused, as on a full disk."""
+@contextmanager
+def small_disk(size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Within it, files may become that large: a write is cut short, then refused, as on a full disk. Yields a function
+    that sets another size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+
+    def set_size(size_bytes: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+
+    try:
+        set_size(size_bytes)
+        yield set_size
+    finally:
+        # Not in a fixture: pytest writes to its own log before it tears fixtures down.
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def numbers(attempt: AttemptFolder) -> list[int]:
     return [message["number"] for _, message in read_lines(attempt.metrics_jsonl) if message["kind"] == "event"]
 
 
-def test_while_the_disk_is_full_lines_wait_and_none_is_lost(run: RunFolder, small_disk: Callable[[int], None]) -> None:
+def test_while_the_disk_is_full_lines_wait_and_none_is_lost(run: RunFolder) -> None:
     attempt, tracker = run.new_attempt(), MemoryTracker()
     recorder = Recorder(run, attempt, lambda: tracker)
-    small_disk(1000)
-    for number in range(100):
-        recorder.record([{"kind": "event", "number": number, "text": "x" * 50}])
-    assert recorder.storage_problem == "File too large"
-    assert attempt.metrics_jsonl.stat().st_size == 1000
-    seen = numbers(attempt)
-    assert 5 < len(seen) < 20 and seen == list(range(len(seen))), "the line that was cut is left out"
-    recorder.record([metrics(1)])
-    small_disk(2000)
-    recorder.record([])
-    assert len(seen) < len(numbers(attempt)) < 40
-    small_disk(10**6)
+    with small_disk(1000) as set_size:
+        for number in range(100):
+            recorder.record([{"kind": "event", "number": number, "text": "x" * 50}])
+        assert recorder.storage_problem == "File too large"
+        assert attempt.metrics_jsonl.stat().st_size == 1000
+        seen = numbers(attempt)
+        assert 5 < len(seen) < 20 and seen == list(range(len(seen))), "the line that was cut is left out"
+        recorder.record([metrics(1)])
+        set_size(2000)
+        recorder.record([])
+        assert len(seen) < len(numbers(attempt)) < 40
     recorder.record([])
     assert numbers(attempt) == list(range(100)) and recorder.storage_problem == ""
     assert recorder.close("FINISHED", timeout_s=30)
@@ -303,26 +312,27 @@ def test_while_the_disk_is_full_lines_wait_and_none_is_lost(run: RunFolder, smal
     assert [line["kind"] for line in lines] == ["status", *["event"] * 100, "metrics", "status"]
 
 
-def test_too_many_waiting_lines_are_an_error(
-    run: RunFolder, small_disk: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_waiting_lines_are_an_error(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distlm.controller.recorder._MAX_WAITING_BYTES", 5000)
     attempt = run.new_attempt()
     recorder = Recorder(run, attempt)
-    small_disk(1000)
-    recorder.record([{"kind": "event", "number": 0, "text": "x" * 5000}])
-    with pytest.raises(InfrastructureError, match=r"cannot append to .*metrics.jsonl: File too large; make room"):
-        recorder.record([{"kind": "event", "number": 1, "text": "x" * 5000}])
-    small_disk(10**6)
+    with small_disk(1000):
+        recorder.record([{"kind": "event", "number": 0, "text": "x" * 5000}])
+        with pytest.raises(InfrastructureError, match=r"cannot append to .*metrics.jsonl: File too large; make room"):
+            recorder.record([{"kind": "event", "number": 1, "text": "x" * 5000}])
     recorder.close("FAILED")
     assert numbers(attempt) == [0, 1]
 
 
-def test_lines_that_still_wait_at_the_end_are_an_error(run: RunFolder, small_disk: Callable[[int], None]) -> None:
+def test_lines_that_still_wait_at_the_end_are_an_error(run: RunFolder) -> None:
     attempt = run.new_attempt()
-    with pytest.raises(InfrastructureError, match="File too large"), Recorder(run, attempt) as recorder:
-        recorder.record([{"kind": "event", "number": 0}])
-        small_disk(attempt.metrics_jsonl.stat().st_size + 10)
+    recorder = Recorder(run, attempt)
+    recorder.record([{"kind": "event", "number": 0}])
+    with (
+        small_disk(attempt.metrics_jsonl.stat().st_size + 10),
+        pytest.raises(InfrastructureError, match="File too large"),
+        recorder,
+    ):
         recorder.record([{"kind": "event", "number": 1}])
     assert attempt.metrics_jsonl.read_bytes().endswith(b"\n"), "no torn line is left"
     assert numbers(attempt) == [0]
