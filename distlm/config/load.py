@@ -70,8 +70,8 @@ def load_tree(
     environ: Mapping[str, str] = os.environ,
     origins: Mapping[str, str] | None = None,
 ) -> LoadedConfig:
-    """The same for a tree that was read before, such as that of run.yaml."""
-    known = dict(origins or {})
+    """The same for a tree that was read before, such as that of run.yaml, which stays as it is."""
+    raw, known = copy.deepcopy(raw), dict(origins or {})
     problems = [p for item in overrides for p in _apply_override(raw, known, item)]
     return _validate(raw, known, problems, check, environ, default_location="")
 

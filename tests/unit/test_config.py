@@ -314,10 +314,18 @@ class TestResume:
         ]
 
     @pytest.mark.parametrize(
-        "override", ["training.learning_rate=0.1", "seed=1", "data.max_seq_length=32", "name=other"]
+        ("key", "override"),
+        [
+            ("training.learning_rate", "training.learning_rate=0.1"),
+            ("seed", "seed=1"),
+            ("data.max_seq_length", "data.max_seq_length=32"),
+            ("name", "name=other"),
+            ("model.config.hidden_size", "model.config.hidden_size=128"),
+            ("data.train", "data.train.0.max_documents=7"),
+        ],
     )
-    def test_all_others_are_refused_by_name(self, tmp_path: Path, override: str) -> None:
-        with pytest.raises(InputError, match=rf"{override.partition('=')[0]}.*cannot be changed on resume"):
+    def test_all_others_are_refused_by_name(self, tmp_path: Path, key: str, override: str) -> None:
+        with pytest.raises(InputError, match=rf"{key}.*cannot be changed on resume"):
             changed_config(self.make_run(tmp_path), [override], contradictions)
 
     def test_run_yaml_holds_every_key(self, tmp_path: Path) -> None:
