@@ -110,6 +110,11 @@ class AttemptController:
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
         prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
+        if self.config.task.masked_only_head and not prepared.masked_only_head:
+            self.progress.say(
+                "warning: this model's head cannot compute masked positions alone, and computes all "
+                "(task.masked_only_head)"
+            )
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
@@ -209,6 +214,8 @@ class AttemptController:
                 self.progress.metrics(message["step"], message["values"])
             elif message.get("event") == "warning":
                 self.progress.say(f"warning: {message['message']}")
+            elif message.get("event") == "step_map":
+                self.progress.say(message["message"])
 
     # --- after training ----------------------------------------------------------------------------------------------
 
@@ -268,6 +275,8 @@ class AttemptController:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
+        for file in sorted(self.folder.profile.glob("*")):
+            recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
         problem = ""
         timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6
         try:

@@ -14,6 +14,7 @@ from distlm.worker.prepare import Prepared
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 1000
+CPU = torch.device("cpu")
 NUM_SAMPLES, LENGTH = 500, 128
 INDICES = np.arange(NUM_SAMPLES)
 EPOCH_0, EPOCH_1 = np.zeros(NUM_SAMPLES, np.int64), np.ones(NUM_SAMPLES, np.int64)
@@ -33,6 +34,7 @@ def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability:
         special_token_ids=[PAD, CLS, SEP, MASK],
         num_parameters=1,
         forward_flops_per_sample=1.0,
+        masked_only_head=False,
         data_info={},
         data_was_cached=True,
     )
@@ -127,7 +129,7 @@ class Guess(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(VOCAB_SIZE, VOCAB_SIZE))
         self.num_calls = 0
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Guess:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Guess:
         self.num_calls += 1
         self.logits = self.table[input_ids]
         return self
@@ -139,7 +141,7 @@ def test_loss_is_a_sum_over_the_targets(blocks: np.ndarray) -> None:
     with torch.no_grad():
         at_unk = model.table[MASK]
         at_unk[int(batch["labels"][masks(batch)][0])] += 100.0  # one token that the model always guesses
-    loss_sum, correct = task.loss(model, batch)
+    loss_sum, correct = task.loss(model, batch, CPU)
     logits = model.table[batch["input_ids"]].flatten(0, 1)
     labels = batch["labels"].flatten()
     assert loss_sum.item() == pytest.approx(cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6)
@@ -151,7 +153,7 @@ def test_a_batch_without_targets_still_calls_the_model_and_has_gradients_of_zero
     task, model = masked_lm(), Guess()
     batch = task.collate(blocks[:2], EPOCH_0[:2], INDICES[:2], training=True)
     batch["labels"].fill_(IGNORED)
-    loss_sum, correct = task.loss(model, batch)
+    loss_sum, correct = task.loss(model, batch, CPU)
     loss_sum.backward()
     assert model.num_calls == 1
     assert (loss_sum.item(), int(correct), task.count_targets(batch)) == (0.0, 0, 0)
