@@ -17,10 +17,11 @@ _VALUES = 2**16  # of the random number of one element; the dropout probability 
 
 def dropout(tensor: torch.Tensor, p: float) -> torch.Tensor:
     """Zero each element with probability `p`, and scale the others by 1 / (1 - p)."""
-    numel = tensor.numel()
+    numel, num_dropped = tensor.numel(), round(p * _VALUES)
+    if not num_dropped:
+        return tensor
     draws = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
-    num_dropped = round(p * _VALUES)
-    is_kept = draws.view(torch.int16)[:numel].view(tensor.shape) >= num_dropped - _VALUES // 2
+    is_kept = draws.view(torch.int16)[:numel].view(tensor.shape) > num_dropped - _VALUES // 2 - 1
     return (tensor * is_kept).mul_(_VALUES / max(_VALUES - num_dropped, 1))
 
 

@@ -85,7 +85,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     if not (run.init / "tokenizer").exists():
         shutil.copytree(data.tokenizer_path, run.init / "tokenizer")
 
-    forward_flops, masked_only_head = _forward_flops(config, model_config)
+    flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks
     prepared = Prepared(
         train_path=str(data.train_path),
@@ -98,7 +98,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         pad_token_id=tokenizer.pad_token_id,
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
         num_parameters=_count_parameters(run),
-        forward_flops_per_sample=forward_flops,
+        forward_flops_per_sample=flops,
         masked_only_head=masked_only_head,
         data_info=asdict(data.info),
         data_was_cached=data.cached,
@@ -109,7 +109,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     return prepared
 
 
-def _forward_flops(config: RunConfig, model_config: Any) -> tuple[float, bool]:
+def forward_flops(config: RunConfig, model_config: Any) -> tuple[float, bool]:
     """FLOPs of a sample's forward pass, and whether the head computes the masked positions only."""
     from distlm.worker.metrics import forward_flops_per_sample
 

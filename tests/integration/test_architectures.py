@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tiny_runs import Base, Finished, make_base, train_all
 
 from distlm.tasks import Batch
 from distlm.tasks.masked_lm import IGNORED, MaskedLM
+from distlm.worker.prepare import forward_flops
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -161,18 +161,11 @@ def test_masked_positions_alone_give_the_loss_and_the_gradients_of_the_full_head
         assert not different, name
 
 
-def test_a_model_whose_head_cannot_compute_single_positions_computes_all(tmp_path: Path) -> None:
-    """MobileBERT's head is a product of its own that asks for [B, S, H]."""
-    mobile = {"model_type": "mobilebert", **SMALL, "embedding_size": 16, "max_position_embeddings": 32}
-    base = make_base(tmp_path, {"config": {**mobile, "intra_bottleneck_size": 16}, "attn_implementation": "eager"})
-    task = MaskedLM(base.config().task, 0, base.prepared)
-    from distlm.worker.model import load_model
+def test_a_model_without_output_embeddings_computes_the_whole_head(bases: dict[str, Base]) -> None:
+    from transformers import PerceiverConfig
 
-    model = load_model(base.run.init / "model", "eager").eval()
-    task.attach(model)
-    loss, _ = task.loss(model, batch_of(0), torch.device("cpu"))
-    batch = batch_of(0)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert base.prepared.masked_only_head is False
+    small = {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 1, "qk_channels": 16}
+    heads = {"num_self_attention_heads": 2, "num_cross_attention_heads": 2}
+    perceiver = PerceiverConfig(**small, **heads, v_channels=32, max_position_embeddings=32, vocab_size=191)
+    flops, masked_only_head = forward_flops(bases["bert"].config(), perceiver)
+    assert not masked_only_head and flops > 2 * 32 * 32 * 191

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from distlm.config.schema import MaskedLMTask
 from distlm.tasks import Batch
 from distlm.tasks.masked_lm import IGNORED, MaskedLM
+from distlm.tasks.words import WordParts
 from distlm.worker.prepare import Prepared
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -20,7 +21,12 @@ INDICES = np.arange(NUM_SAMPLES)
 EPOCH_0, EPOCH_1 = np.zeros(NUM_SAMPLES, np.int64), np.ones(NUM_SAMPLES, np.int64)
 
 
-def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability: float = 0.15) -> MaskedLM:
+def masked_lm(
+    seed: int = 7,
+    mlm_probability: float = 0.3,
+    eval_mlm_probability: float = 0.15,
+    word_parts: WordParts | None = None,
+) -> MaskedLM:
     config = MaskedLMTask(mlm_probability=mlm_probability, eval_mlm_probability=eval_mlm_probability)
     prepared = Prepared(
         train_path="train.arrow",
@@ -38,7 +44,7 @@ def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability:
         data_info={},
         data_was_cached=True,
     )
-    return MaskedLM(config, seed, prepared)
+    return MaskedLM(config, seed, prepared, word_parts)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,37 @@ def test_evaluation_hides_the_same_whatever_the_seed(blocks: np.ndarray) -> None
     assert same(one, other)
     settings = masked_lm(8, mlm_probability=0.5).collate(blocks, EPOCH_0, INDICES, training=False)
     assert same(one, settings)
+
+
+# Every token that is no multiple of 3 goes on with the word before it.
+WORD_PARTS = WordParts(np.arange(VOCAB_SIZE) % 3 > 0, np.ones(VOCAB_SIZE, np.bool_))
+
+
+def words_of(row: np.ndarray, is_text: np.ndarray) -> list[list[int]]:
+    """Positions of the tokens of each word of a sample."""
+    words: list[list[int]] = []
+    for position in np.flatnonzero(is_text):
+        goes_on = row[position] % 3 > 0 and position > 0 and is_text[position - 1]
+        words = [*words[:-1], [*words[-1], position]] if goes_on else [*words, [position]]
+    return words
+
+
+def test_whole_words_are_hidden_or_not_and_as_many_tokens(blocks: np.ndarray, is_text: np.ndarray) -> None:
+    batch = masked_lm(word_parts=WORD_PARTS).collate(blocks, EPOCH_0, INDICES, training=True)
+    chosen = masks(batch).numpy()
+    lengths = set()
+    for row, text, hidden in zip(blocks[:60], is_text, chosen, strict=False):
+        for word in words_of(row, text):
+            lengths.add(len(word))
+            assert hidden[word].all() or not hidden[word].any()
+    assert {1, 2, 3, 4} <= lengths, "the test has words of several lengths"
+    assert not (chosen & ~is_text).any()
+    assert chosen.sum() / is_text.sum() == pytest.approx(0.3, abs=0.02)
+    single = masks(masked_lm().collate(blocks, EPOCH_0, INDICES, training=True)).numpy()
+    assert not np.array_equal(chosen, single)
+    few = np.array([17, 4, 333])
+    small = masked_lm(word_parts=WORD_PARTS).collate(blocks[few], EPOCH_0[few], INDICES[few], training=True)
+    assert same(small, {name: tensor[few] for name, tensor in batch.items()})
 
 
 class Guess(torch.nn.Module):
