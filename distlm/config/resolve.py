@@ -164,6 +164,13 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "deepspeed.offload_optimizer_device",
         )
 
+    if training.torch_compile and deepspeed.zero_stage == 3:
+        yield Problem(
+            "works at deepspeed.zero_stage 0, 1 and 2; at 3 the weights are gathered module by module, which breaks "
+            "the graph, and compiled code is slower",
+            "training.torch_compile",
+        )
+
     on_cpu = resources.device == "cpu" or (resources.device == "auto" and gpu_count == 0)
     if training.mixed_precision == "fp16" and on_cpu:
         yield Problem("fp16 needs a GPU, and the workers run on CPUs; use bf16 or no", "training.mixed_precision")

@@ -142,11 +142,18 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = 5e-4
     """Highest learning rate of the schedule."""
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
     ] = "linear"
     """Shape of the learning-rate schedule, by transformers' name."""
     lr_scheduler_kwargs: dict[str, float] = {}
-    """Further arguments of the schedule, by transformers' name, such as min_lr_rate or power."""
+    """Further arguments of the schedule, by transformers' name, such as min_lr_rate, power or num_decay_steps."""
     warmup_steps: NonNegativeFloat = 0.06
     """Steps of linear warm-up; below 1: a share of all steps."""
     weight_decay: NonNegativeFloat = 0.01
@@ -164,7 +171,8 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
-    """Compile the encoder with torch.compile; needs a C++ compiler, and minutes at the first step."""
+    """Compile the encoder with torch.compile; needs a C++ compiler, ZeRO stage 0, 1 or 2, and minutes at the first
+    step."""
     on_nonfinite_loss: Literal["stop"] = "stop"
     """What to do when the loss becomes NaN or infinite; `stop` fails the run before such a state is saved."""
     logging_steps: PositiveInt = 10

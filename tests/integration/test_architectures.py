@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,16 @@ def test_a_model_without_output_embeddings_computes_the_whole_head(bases: dict[s
     perceiver = PerceiverConfig(**small, **heads, v_channels=32, max_position_embeddings=32, vocab_size=191)
     flops, masked_only_head = forward_flops(bases["bert"].config(), perceiver)
     assert not masked_only_head and flops > 2 * 32 * 32 * 191
+
+
+def test_a_compiled_encoder_trains_the_same(tmp_path: Path) -> None:
+    config = {**ARCHITECTURES["bert"], "num_hidden_layers": 1}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base = make_base(tmp_path, {"config": {"model_type": "bert", **config, **dropout}})
+    steps = ("training.max_steps=3", "training.warmup_steps=0", "resources.num_workers=1", "training.eval_steps=null")
+    compiled = base.training("compiled", *steps, "training.torch_compile=true")
+    finished = train_all(1, {"plain": base.training("plain", *steps), "compiled": compiled})
+    assert finished["compiled"].losses(1, 3) == pytest.approx(finished["plain"].losses(1, 3), rel=1e-5)
+    assert finished["compiled"].weights(3).keys() == finished["plain"].weights(3).keys()
+    first_step_s = [finished[name].curve("time/step_s")[1] for name in ("plain", "compiled")]
+    assert first_step_s[1] > 2 * first_step_s[0], "it was compiled"
