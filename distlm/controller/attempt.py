@@ -36,6 +36,8 @@ from distlm.errors import (
 )
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
+from distlm.tracking.records import Record
+from distlm.tracking.startup import phase_ended
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
@@ -56,6 +58,8 @@ class AttemptController:
         self.config: RunConfig = loaded.config
         self.policy: Policy = StopAtFirstFailure()
         self.failures: list[dict[str, Any]] = []
+        self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
+        """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
@@ -67,6 +71,7 @@ class AttemptController:
             address = os.environ.get("RAY_ADDRESS")
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
+            self._phases.append(phase_ended("ray", 1))
             prepared = self._prepare(cluster)
             checkpoint = checkpoint_to_continue(self.run, self.progress)
             self._refuse_fewer_steps(prepared, checkpoint)
@@ -81,6 +86,7 @@ class AttemptController:
     ) -> Outcome:
         try:
             self._describe(recorder, cluster, prepared)
+            self._phases.append(phase_ended("tracker", 1))
             outcome = self._train(recorder, cluster, prepared, checkpoint)
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export(prepared.total_steps)
@@ -107,6 +113,7 @@ class AttemptController:
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
+        self._phases.append(phase_ended("preflight", 1))
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
         prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
@@ -116,6 +123,7 @@ class AttemptController:
         )
         CheckpointStore(self.run.checkpoints).clean()  # what a killed save left takes room
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
+        self._phases.append(phase_ended("prepare", 1))
         return prepared
 
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
@@ -163,6 +171,8 @@ class AttemptController:
         if checkpoint:
             self.progress.say(f"continuing from checkpoint {checkpoint.path.name}")
         recorder.restored(step, number)
+        self._phases = self._phases or [phase_ended("begin", number)]
+        recorder.record(self._phases)
         self.progress.begin(prepared.total_steps)
         self.progress.say(f"starting {self.config.resources.num_workers} workers on {cluster.device}")
         mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
@@ -209,6 +219,17 @@ class AttemptController:
                 self.progress.metrics(message["step"], message["values"])
             elif message.get("event") == "warning":
                 self.progress.say(f"warning: {message['message']}")
+            elif message.get("event") == "phase":
+                self._phases.append(message)
+                if message["phase"] == "first_step":
+                    self._record_startup(recorder, message)
+
+    def _record_startup(self, recorder: Recorder, first_step: dict[str, Any]) -> None:
+        """The workers train: how long it took them, and everything before them, to begin."""
+        startup_s = (first_step["timestamp_ms"] - self._phases[0]["timestamp_ms"]) / 1000
+        step, incarnation, timestamp_ms = (first_step[key] for key in ("step", "incarnation", "timestamp_ms"))
+        recorder.record([Record(step, incarnation, timestamp_ms, {"time/startup_s": startup_s}).to_message()])
+        self._phases = []
 
     # --- after training ----------------------------------------------------------------------------------------------
 
