@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
 from distlm.controller.cluster import Cluster, connect
+from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
 from distlm.controller.policy import Outcome, Policy, StopAtFirstFailure
 from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
@@ -61,18 +63,24 @@ class AttemptController:
         self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
         """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
+        self._helper: Helper
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
 
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
         self._stop_if_asked()
+        address = os.environ.get("RAY_ADDRESS")
         with ExitStack() as ray_scope:
-            address = os.environ.get("RAY_ADDRESS")
+            if not address:
+                self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             self._phases.append(phase_ended("ray", 1))
-            prepared = self._prepare(cluster)
+            self._check_cluster(cluster)
+            if address:
+                self._begin_to_prepare(ClusterHelper())
+            prepared = self._prepare()
             checkpoint = checkpoint_to_continue(self.run, self.progress)
             self._refuse_fewer_steps(prepared, checkpoint)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
@@ -100,10 +108,8 @@ class AttemptController:
 
     # --- before training ---------------------------------------------------------------------------------------------
 
-    def _prepare(self, cluster: Cluster) -> Prepared:
-        """Preflight, then everything that is made once."""
-        import ray
-
+    def _check_cluster(self, cluster: Cluster) -> None:
+        """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
         if cluster.device == "cpu" and self.config.training.mixed_precision == "bf16" and not cpu_multiplies_bf16():
             self.progress.say(
@@ -114,9 +120,16 @@ class AttemptController:
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
         self._phases.append(phase_ended("preflight", 1))
+
+    def _begin_to_prepare(self, helper: Helper) -> None:
+        self._helper = helper
+        helper.begin(_prepare_task, str(self.run.path), str(self.folder.path))
+
+    def _prepare(self) -> Prepared:
+        """Wait for everything that is made once."""
         self.progress.say("preparing data, tokenizer and initial weights")
-        task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
-        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
+        self._import_ahead()
+        prepared: Prepared = self._result_of_helper()
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
@@ -126,21 +139,22 @@ class AttemptController:
         self._phases.append(phase_ended("prepare", 1))
         return prepared
 
+    def _import_ahead(self) -> None:
+        """Import what is needed next while another process prepares: 1.5 s for Ray Train, 2.5 s for MLflow."""
+        for module in ["ray.train", *(["mlflow"] if "mlflow" in self.config.tracking.report_to else [])]:
+            if not self._helper.is_done(0) and not self.stop.is_set():
+                importlib.import_module(module)
+
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
         if checkpoint and checkpoint.step > prepared.total_steps:
             message = f"the run has {checkpoint.step} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
 
-    def _get(self, reference: Any) -> Any:
-        """The result of a Ray task, unless the attempt is stopped first. Raises the task's own exception."""
-        import ray
-
-        while not ray.wait([reference], timeout=_POLL_INTERVAL_S)[0]:
+    def _result_of_helper(self) -> Any:
+        """Unless the attempt is stopped first. Raises what the helper's function raises."""
+        while not self._helper.is_done(_POLL_INTERVAL_S):
             self._stop_if_asked()
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # the text of Ray's own error is a traceback
+        return self._helper.result()
 
     def _stop_if_asked(self) -> None:
         if self.stop.is_set():
@@ -235,10 +249,9 @@ class AttemptController:
 
     def _export(self, last_step: int) -> None:
         """Write model/ in Hugging Face format from the last step's checkpoint, where no worker's memory is needed."""
-        import ray
-
         self.progress.say("writing the model")
-        self._get(ray.remote(num_cpus=1, max_retries=0)(_export_task).remote(str(self.run.path), last_step))
+        self._helper.begin(_export_task, str(self.run.path), last_step)
+        self._result_of_helper()
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
         """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""

@@ -19,7 +19,7 @@ from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
-_HELPER_CPUS = 1  # for the preparation task and the recorder
+_HELPER_CPUS = 1  # for the tasks that prepare and export
 
 # Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
 _RAY_SETTINGS = {
@@ -98,6 +98,8 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # Nobody drains the one node of a Ray that ends with this run; watching for it is a process of its own.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
     )
     import ray
@@ -111,7 +113,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
     try:
         with _own_signal_handlers():
             ray.init(
-                num_cpus=resources.num_workers * cpus_per_worker + _HELPER_CPUS,
+                num_cpus=resources.num_workers * cpus_per_worker,
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,

@@ -54,8 +54,14 @@ def run_worker(arguments: dict[str, Any]) -> None:
             told.mailbox.push.remote(phase_ended(phase, told.incarnation, step=step))
 
     tell_phase_ended("place", told.checkpoint_step)
-    # Ray sets this from the resources asked for; libraries read it when they are first imported.
-    os.environ["OMP_NUM_THREADS"] = str(told.cpus_per_worker)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(place.get_world_size()),
+        LOCAL_RANK=str(place.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
+        # Ray sets this from the resources asked for; libraries read it when they are first imported.
+        OMP_NUM_THREADS=str(told.cpus_per_worker),
+    )
     try:
         _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
