@@ -209,6 +209,8 @@ def trainer_main(run_folder: Path, result: Path) -> None:
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         **ADAM,
+        # By default Trainer 5 multiplies the loss of a BERT, which is a mean already, by the number of workers.
+        average_tokens_across_devices=False,
         logging_steps=warmup_steps,
         save_strategy="no",
         report_to="none",

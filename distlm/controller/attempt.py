@@ -152,6 +152,7 @@ class AttemptController:
 
     def _result_of_helper(self) -> Any:
         """Unless the attempt is stopped first. Raises what the helper's function raises."""
+        self._stop_if_asked()
         while not self._helper.is_done(_POLL_INTERVAL_S):
             self._stop_if_asked()
         return self._helper.result()
