@@ -110,6 +110,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
         gpus = _count_gpus_with_torch()
     device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
+    others = psutil.Process().children(recursive=True)
     try:
         with _own_signal_handlers():
             ray.init(
@@ -122,18 +123,19 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
                 namespace="distlm",
             )
     except Exception as error:  # whatever Ray raises, the attempt has no cluster
-        _stop_ray()
+        _stop_ray(others)
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         yield Cluster(True, device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
     finally:
-        _stop_ray()
+        _stop_ray(others)
 
 
-def _stop_ray() -> None:
+def _stop_ray(others: list[psutil.Process]) -> None:
+    """End Ray and all that it has started: every child of the controller but `others`, which were there before."""
     import ray
 
-    processes = psutil.Process().children(recursive=True)
+    processes = [process for process in psutil.Process().children(recursive=True) if process not in others]
     ray.shutdown()
     end_processes(processes)
 
