@@ -110,7 +110,7 @@ def train_with_distlm(run_folder: Path, result: Path) -> None:
             first_step_s.append(time.time())
 
     config = load_attempt(run, run.attempts()[-1]).config
-    train(WorkerContext(config, prepared, run, "cpu", None, report, print, phase_ended))
+    train(WorkerContext(config, prepared, run, "cpu", None, report, print, phase_ended=phase_ended))
     if os.environ["RANK"] == "0":
         result.write_text(json.dumps({"reports": reports, "first_step_at_s": first_step_s[0]}))
     torch.distributed.destroy_process_group()

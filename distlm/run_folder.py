@@ -139,6 +139,10 @@ class AttemptFolder:
         return self.logs / f"rank-{rank:05d}.log"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -18,8 +18,10 @@ MAY_CHANGE_ON_RESUME = (
     "resources.",
     "deepspeed.",
     "tracking.",
+    "profile.",
     "runs_dir",
     "env",
+    "training.torch_compile",
     "training.max_steps",
     "training.num_train_epochs",
     "training.save_steps",
@@ -34,7 +36,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
 
-NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "runs_dir", "env")
+NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "profile.", "runs_dir", "env")
 """Keys that say where and how a run is computed and what it is called, not what is trained."""
 
 # BertConfig's keys as of transformers 5.23, so that a typo is found without importing transformers; a test holds them
@@ -73,6 +75,14 @@ _COUNTS = (
     "max_position_embeddings",
     "type_vocab_size",
 )
+
+
+def profiled_steps(config: RunConfig) -> range:
+    """The steps of `profile.steps`; none where the first is after the last."""
+    if config.profile.steps is None:
+        return range(0)
+    first, _, last = str(config.profile.steps).partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,10 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
         yield Problem(
             "there is nothing to evaluate on: give data.validation or data.validation_fraction", "training.eval_steps"
         )
+    if config.profile.steps is not None and not profiled_steps(config):
+        yield Problem("the first step is after the last; write FIRST-LAST, such as 10-12", "profile.steps")
+    elif training.max_steps is not None and config.profile.steps and profiled_steps(config)[-1] > training.max_steps:
+        yield Problem(f"is beyond training.max_steps = {training.max_steps}", "profile.steps")
     if config.tracking.registered_model_name and not config.tracking.log_model:
         yield Problem("a model is registered only if tracking.log_model is true", "tracking.registered_model_name")
 

@@ -39,6 +39,12 @@ class MaskedLMTask(Section):
     random token, 10 % stay."""
     eval_mlm_probability: Probability = 0.15
     """Share of tokens to predict in evaluation; 0.15 as in BERT, so that results compare across training settings."""
+    whole_word_masking: bool = False
+    """Hide whole words instead of single tokens. A word ends at blanks and punctuation; each Chinese or Japanese
+    character is a word."""
+    masked_only_head: bool = True
+    """Compute the prediction head, the most expensive part of small models, only where a token was hidden. Loss and
+    gradients are the same; false: for every token, as transformers does."""
 
 
 class ModelConfig(Section):
@@ -49,6 +55,9 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     """From scratch: `model_type` and any keys of that model's transformers config. `vocab_size` follows the tokenizer
     where it is not given."""
+    pad_vocab_to_multiple_of: PositiveInt = 64
+    """From scratch, where `vocab_size` is not given: round the tokenizer's number of tokens up to a multiple of this,
+    which GPUs multiply faster by (8 or more for Tensor Cores). The additional embeddings stand for no token."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, by transformers' name."""
 
@@ -154,6 +163,8 @@ class TrainingConfig(Section):
     """Precision of the computation: `no` is fp32; fp16 needs GPUs. Weights and optimizer state are fp32 always."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    torch_compile: bool = False
+    """Compile the encoder with torch.compile; needs a C++ compiler, and minutes at the first step."""
     on_nonfinite_loss: Literal["stop"] = "stop"
     """What to do when the loss becomes NaN or infinite; `stop` fails the run before such a state is saved."""
     logging_steps: PositiveInt = 10
@@ -217,6 +228,14 @@ class TrackingConfig(Section):
     """Seconds between two samples of each node's CPU, memory, network and GPU use."""
 
 
+class ProfileConfig(Section):
+    """Where the time of a step goes: data, forward, head, backward, reduction, optimizer, and what is left."""
+
+    steps: Annotated[str, Field(pattern=r"^\s*[1-9][0-9]*\s*(-\s*[1-9][0-9]*\s*)?$")] | PositiveInt | None = None
+    """Steps to profile, such as 10-12. Writes step_map.md and one trace per worker to the attempt's folder; these steps
+    are slower than others. null: none."""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -240,6 +259,8 @@ class RunConfig(Section):
     """Machines."""
     tracking: TrackingConfig = TrackingConfig()
     """Records."""
+    profile: ProfileConfig = ProfileConfig()
+    """A map of a step."""
     runs_dir: NonEmptyStr = "runs"
     """Folder for runs, caches and the embedded MLflow store; every node must see it under the same path."""
     env: list[NonEmptyStr] = []

@@ -130,6 +130,11 @@ class AttemptController:
         self.progress.say("preparing data, tokenizer and initial weights")
         self._import_ahead()
         prepared: Prepared = self._result_of_helper()
+        if self.config.task.masked_only_head and not prepared.masked_only_head:
+            self.progress.say(
+                "warning: this model's head cannot compute masked positions alone, and computes all "
+                "(task.masked_only_head)"
+            )
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
@@ -210,7 +215,7 @@ class AttemptController:
         self._record(recorder, mailbox)
         while self._asked_for and time.monotonic() < deadline:
             self._record(recorder, mailbox)
-        self._asked_for = None
+        self._asked_for, self._phases = None, []
         return incarnation.outcome(self.failures)
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
@@ -238,6 +243,8 @@ class AttemptController:
                 self._phases.append(message)
                 if message["phase"] == "first_step":
                     self._record_startup(recorder, message)
+            elif message.get("event") == "step_map":
+                self.progress.say(message["message"])
 
     def _record_startup(self, recorder: Recorder, first_step: dict[str, Any]) -> None:
         """The workers train: how long it took them, and everything before them, to begin."""
@@ -303,6 +310,8 @@ class AttemptController:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
+        for file in sorted(self.folder.profile.glob("*")):
+            recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
         problem = ""
         timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6
         try:

@@ -120,8 +120,10 @@ def _train(
         checkpoint=Checkpoint(told.checkpoint_step, Path(told.checkpoint)) if told.checkpoint else None,
         report=report,
         warn=lambda message: push({"kind": "event", "event": "warning", "message": message}),
+        show=lambda text: push({"kind": "event", "event": "step_map", "message": text}),
         phase_ended=tell_phase_ended,
         on_samples=make_sample_log(run, attempt, config, rank),
+        profile_folder=attempt.profile,
     )
     with ExitStack() as scope:
         if monitored_node is not None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from typing import Any, Self
 
 import psutil
@@ -21,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, PretrainedConfig
 
+from distlm.tasks.masked_lm import MaskedOnlyHead
 from distlm.tracking.records import Record, now_ms
 
 _log = logging.getLogger(__name__)
@@ -73,10 +75,12 @@ class StepTimer:
         self._num_steps = self._num_tokens = self._num_samples = 0
 
 
+@cache
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """The FLOP/s of `device` in products of large square matrices: the best of as many as fit into `seconds`.
 
     The second matrix is transposed as in a linear layer; on CPU another layout is up to ten times slower in bfloat16.
+    Measured once in a process.
     """
     size = _MATMUL_SIZE[device.type]
     left = torch.randn(size, size, device=device).to(dtype)
@@ -103,22 +107,34 @@ def forward_flops_per_sample(
 ) -> float:
     """FLOPs of one forward pass of the masked language model of `config` over one sequence, padding included.
 
-    `num_predicted` is the mean number of positions for which the vocabulary projection is computed, when it is not
-    computed for all `sequence_length`. Attention in a sliding window counts as full attention. Counted on the meta
-    device: no memory, no weights.
+    `num_predicted` is the mean number of positions that the prediction head computes, where it does not compute all of
+    `sequence_length`. Attention in a sliding window counts as full attention. Counted on the meta device, without
+    memory and weights, or where a model looks at the values of its tensors, as DeBERTa does, on the CPU.
+
+    Raises:
+        HeadError: the model has no head that could compute some positions only.
     """
-    with torch.device("meta"):
+    try:
+        return _count_flops(config, sequence_length, num_predicted, "meta")
+    except RuntimeError:
+        return _count_flops(config, sequence_length, num_predicted, "cpu")
+
+
+def _count_flops(config: PretrainedConfig, sequence_length: int, num_predicted: float | None, device: str) -> float:
+    with torch.device(device), torch.no_grad():
         # Eager attention consists of plain matrix products, which the counter knows on every device.
         # The copy, because from_config writes that choice into the config it is given.
         model = AutoModelForMaskedLM.from_config(deepcopy(config), attn_implementation="eager").eval()
-        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(input_ids=tokens)  # no mask: transformers would read its values, which a meta tensor has not
-    flops = float(counter.get_total_flops())
-    if num_predicted is not None:
-        projection = model.get_output_embeddings().weight  # (vocabulary, hidden)
-        flops -= 2 * projection.numel() * (sequence_length - num_predicted)
-    return flops
+        model.requires_grad_(False)
+        # Without an attention mask: transformers would read its values.
+        inputs = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}
+        with FlopCounterMode(display=False) as counter:
+            if num_predicted is None:
+                model(**inputs)
+            else:
+                positions = torch.zeros(round(num_predicted), dtype=torch.long)
+                MaskedOnlyHead(model).logits_at(positions, model, inputs)
+    return float(counter.get_total_flops())
 
 
 def training_flops_per_sample(forward_flops: float) -> float:

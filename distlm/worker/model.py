@@ -55,7 +55,8 @@ def build_model_config(
     legal = {name for name in defaults.to_dict() if not name.startswith("_")} | set(type(defaults).attribute_map)
     if problems := [*_unknown_keys(keys, legal, model_type), *_unknown_activations(keys)]:
         raise InputError(*problems)
-    keys.setdefault("vocab_size", vocab_size)
+    multiple = config.model.pad_vocab_to_multiple_of
+    keys.setdefault("vocab_size", -(-vocab_size // multiple) * multiple)
     if keys["vocab_size"] < vocab_size:
         raise InputError(
             Problem(
@@ -192,7 +193,9 @@ def _require_logits(model: PreTrainedModel, max_seq_length: int) -> None:
         raise ValueError("it gives no finite numbers for a sample of data.max_seq_length")
 
 
-def load_model(folder: Path, attn_implementation: str, gradient_checkpointing: bool) -> PreTrainedModel:
+def load_model(
+    folder: Path, attn_implementation: str, gradient_checkpointing: bool = False, torch_compile: bool = False
+) -> PreTrainedModel:
     """Load saved weights in fp32. Under ZeRO-3 (once the Accelerator exists) each rank keeps its part only."""
     model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
@@ -200,6 +203,9 @@ def load_model(folder: Path, attn_implementation: str, gradient_checkpointing: b
     if gradient_checkpointing:
         # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if torch_compile:
+        # The encoder alone, in place, so that no name changes: the head sees another number of tokens at each call.
+        model.base_model.compile()
     model.train()
     return model
 

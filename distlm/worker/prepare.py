@@ -7,6 +7,7 @@ data is still the same.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -19,6 +20,8 @@ from distlm.run_folder import RunFolder, read_json, write_json
 
 if TYPE_CHECKING:
     from distlm.data.prepare import DataInfo
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Prepared:
     special_token_ids: list[int]
     num_parameters: int
     forward_flops_per_sample: float
-    """Floating-point operations of one forward pass over one sample of `max_seq_length` tokens."""
+    """Floating-point operations of one forward pass over one sample of `max_seq_length` tokens, as it is computed."""
+    masked_only_head: bool
+    """The model's prediction head can compute the masked positions alone."""
     data_info: dict[str, Any]
     """`distlm.data.prepare.DataInfo`: counts, sources and digests of the data."""
     data_was_cached: bool
@@ -56,7 +61,6 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     """
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
-    from distlm.worker.metrics import forward_flops_per_sample
     from distlm.worker.model import pretrained_config, save_initial_model
 
     tokenizer_config = config.tokenizer
@@ -81,6 +85,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     if not (run.init / "tokenizer").exists():
         shutil.copytree(data.tokenizer_path, run.init / "tokenizer")
 
+    flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks
     prepared = Prepared(
         train_path=str(data.train_path),
@@ -93,7 +98,8 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         pad_token_id=tokenizer.pad_token_id,
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
         num_parameters=_count_parameters(run),
-        forward_flops_per_sample=forward_flops_per_sample(model_config, config.data.max_seq_length),
+        forward_flops_per_sample=flops,
+        masked_only_head=masked_only_head,
         data_info=asdict(data.info),
         data_was_cached=data.cached,
         is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
@@ -101,6 +107,19 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
     return prepared
+
+
+def forward_flops(config: RunConfig, model_config: Any) -> tuple[float, bool]:
+    """FLOPs of a sample's forward pass, and whether the head computes the masked positions only."""
+    from distlm.worker.metrics import forward_flops_per_sample
+
+    length = config.data.max_seq_length
+    if config.task.masked_only_head:
+        try:
+            return forward_flops_per_sample(model_config, length, config.task.mlm_probability * length), True
+        except Exception as error:  # noqa: BLE001 - whatever an unusual head raises when it is given some positions
+            logger.warning("the head computes every position: %s", error)
+    return forward_flops_per_sample(model_config, length), False
 
 
 def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from distlm.checkpoint.manifest import Progress
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
-from distlm.config.resolve import batch_plan
+from distlm.config.resolve import batch_plan, profiled_steps
 from distlm.config.schema import RunConfig, TrainingConfig
 from distlm.data.order import permute, samples
 from distlm.data.pack import PackedDataset
@@ -33,6 +33,7 @@ from distlm.tracking.startup import Phase
 from distlm.verify_resume.samples import MicroBatch
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
+from distlm.worker.cpu_dropout import use_cpu_dropout
 from distlm.worker.engine import (
     EngineSettings,
     build_optimizer,
@@ -44,7 +45,9 @@ from distlm.worker.engine import (
 )
 from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib, training_flops_per_sample
 from distlm.worker.model import load_model
+from distlm.worker.prefetch import Prefetcher
 from distlm.worker.prepare import Prepared
+from distlm.worker.profile import StepMap, StepProfiler, describe
 from distlm.worker.schedule import learning_rate_schedule
 
 _LAST_SAVE_TIMEOUT_S = 60.0
@@ -65,10 +68,14 @@ class WorkerContext:
     """report(step, values) hands metrics to the recorder without waiting. Called on rank 0 only."""
     warn: Callable[[str], None]
     """Tells the user something in one line. Called on rank 0 only."""
+    show: Callable[[str], None] = print
+    """Shows the user a text that was asked for. Called on rank 0 only."""
     phase_ended: Callable[[Phase, int], None] = lambda phase, step: None
     """phase_ended(phase, step) tells how far a start has come; `step` is the last one done. On every rank."""
     on_samples: Callable[[list[MicroBatch]], None] | None = None
     """Is told on every rank what it trains on in a step, before it does."""
+    profile_folder: Path | None = None
+    """Where the map of the profiled steps goes; None: they are not profiled."""
 
 
 def train(context: WorkerContext) -> None:
@@ -86,7 +93,10 @@ def train(context: WorkerContext) -> None:
 def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
     """The loop."""
     for step in range(worker.first_step, last_step + 1):
-        worker.train_step(step)
+        with worker.profiler.step(step):
+            worker.train_step(step)
+        if worker.profiler.is_done:
+            worker.write_step_map()
         if is_due(step, config.logging_steps, last_step) or step == 1:
             worker.log(step)
         if step == worker.first_step:
@@ -121,13 +131,21 @@ class Worker:
             offload_optimizer_device=config.deepspeed.offload_optimizer_device,
             offload_param_device=config.deepspeed.offload_param_device,
             device="cuda" if context.device == "cuda" else "cpu",
+            num_parameters=prepared.num_parameters,
         )
         self.accelerator = make_accelerator(self.settings)
         self.device = self.accelerator.device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.task: Task = make_task(config, prepared, context.run.init / "tokenizer")
         model = load_model(
-            context.run.init / "model", config.model.attn_implementation, config.training.gradient_checkpointing
+            context.run.init / "model",
+            config.model.attn_implementation,
+            config.training.gradient_checkpointing,
+            config.training.torch_compile,
         )
+        self.task.attach(model)
+        if self.settings.device == "cpu" and not config.training.torch_compile:
+            use_cpu_dropout(model)
         optimizer = build_optimizer(
             parameter_groups(model, config.training.weight_decay),
             learning_rate=config.training.learning_rate,
@@ -154,9 +172,15 @@ class Worker:
         self._evaluation: dict[str, float] = {}
         self._evaluated_step = 0
 
-        self.task: Task = make_task(config, prepared)
         self.train_data = PackedDataset(Path(prepared.train_path))
         self.validation_data = PackedDataset(Path(prepared.validation_path)) if prepared.validation_path else None
+        self.batches = Prefetcher(self._make_batches, prepared.total_steps)
+        self.profiler = StepProfiler(
+            profiled_steps(config) if context.profile_folder else range(0),
+            self.engine,
+            self.task.head(model),
+            self.device,
+        )
         self.timer = StepTimer()
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(
@@ -171,19 +195,20 @@ class Worker:
 
     def train_step(self, step: int) -> None:
         """One optimizer step on this worker's micro batches."""
-        micro_batches = self.my_micro_batches()
-        batches = [self.samples(self.first_position(step, m), self.plan.micro_batch) for m in micro_batches]
+        with self.profiler.phase("data"):
+            batches = self.batches.get(step)
         num_targets = self._sum_over_workers(sum(self.task.count_targets(batch) for batch in batches))
         # DeepSpeed averages over workers and accumulation steps; this makes it the mean over all targets of the step.
         scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=1)
         set_learning_rate(self.engine, self.schedule(step))
         if self.context.on_samples:
-            told = zip(micro_batches, batches, strict=True)
+            told = zip(self.my_micro_batches(), batches, strict=True)
             self.context.on_samples([self._micro_batch(step, m, batch) for m, batch in told])
-        for m, batch in zip(micro_batches, batches, strict=True):
+        for m, batch in zip(self.my_micro_batches(), batches, strict=True):
             torch.manual_seed(dropout_seed(self.config.seed, step, m))
             with self.accelerator.accumulate(self.engine):
-                loss_sum, _ = self.task.loss(self.engine, self._to_device(batch))
+                with self.profiler.phase("forward"):
+                    loss_sum, _ = self.task.loss(self.engine, batch, self.device)
                 self.accelerator.backward(loss_sum * scale)
                 self._loss_sum += loss_sum.detach()
         self._num_targets += num_targets
@@ -211,7 +236,7 @@ class Worker:
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad():
             for batch in self.evaluation_batches():
-                loss_sum, correct = self.task.loss(self.engine, self._to_device(batch))
+                loss_sum, correct = self.task.loss(self.engine, batch, self.device)
                 sums += torch.tensor([float(loss_sum), float(correct), float(self.task.count_targets(batch))])
         self.engine.train()
         loss_sum, correct, num_targets = self._sum_over_workers(sums).tolist()
@@ -270,6 +295,13 @@ class Worker:
         """Global position, counted over the whole run, of the first sample of a micro batch."""
         return (step - 1) * self.plan.global_batch + micro_batch * self.plan.micro_batch
 
+    def _make_batches(self, step: int) -> list[Batch]:
+        """This worker's micro batches of a step, in pinned memory where a GPU fetches them from there."""
+        batches = [self.samples(self.first_position(step, m), self.plan.micro_batch) for m in self.my_micro_batches()]
+        if self.settings.device == "cuda":
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches
+
     def samples(self, first_position: int, count: int) -> Batch:
         """Consecutive training samples, masked."""
         epochs, indices = samples(first_position, count, len(self.train_data), self.config.seed)
@@ -296,9 +328,6 @@ class Worker:
             batch = self.task.collate(self.validation_data[indices], np.zeros_like(indices), indices, training=False)
             self.task.leave_out(batch, torch.from_numpy(places >= count))
             yield batch
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     # --- before step 1 -----------------------------------------------------------------------------------------------
 
@@ -339,6 +368,18 @@ class Worker:
             "memory/peak_gib": self._max_over_workers(peak_memory_gib(self.device)),
             "epoch": step * self.plan.global_batch / self.prepared.num_train_samples,
         }
+
+    def write_step_map(self) -> None:
+        """Write this worker's trace, and on rank 0 the map of all workers. Collective."""
+        assert self.context.profile_folder is not None
+        mine = self.profiler.result(self.context.profile_folder / f"rank-{self.rank:05d}.trace.json")
+        maps: list[StepMap] = [mine] * self.world_size
+        dist.all_gather_object(maps, mine)
+        if self.rank == 0:
+            flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * self.plan.global_batch
+            text = describe(maps, profiled_steps(self.config), flops / self.world_size, self.peak_flops)
+            (self.context.profile_folder / "step_map.md").write_text(text, encoding="utf-8")
+            self.context.show(text)
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

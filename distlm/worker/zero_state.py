@@ -151,7 +151,7 @@ def start_adam(engine: DeepSpeedEngine, step: int) -> None:
     states = _adam_states(engine)
     for flat in flat_weights(engine):
         moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
-        states[flat] = {"step": torch.tensor(float(step)), **moments}
+        states[flat] = {"step": torch.tensor(float(step), device=flat.device), **moments}
     if actual_zero_stage(engine) in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         _internal(engine.optimizer, "_lazy_init_hp_params_optimizer_state")()

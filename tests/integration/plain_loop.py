@@ -1,7 +1,8 @@
 """A plain PyTorch training loop on one process, to compare the engine and loop of distlm with.
 
 Written after the documentation alone: linear warm-up and decay, AdamW without decay on biases and norms, clipping,
-dropout seeded by (seed, step, micro batch). It shares with distlm which samples come when, and how they are masked.
+dropout seeded by (seed, step, micro batch). It shares with distlm which samples come when, how they
+are masked, and the numbers of dropout.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from distlm.config.schema import RunConfig, TrainingConfig
 from distlm.data.order import permute, samples
 from distlm.data.pack import PackedDataset
 from distlm.tasks import make_task
+from distlm.worker.cpu_dropout import use_cpu_dropout
 from distlm.worker.prepare import Prepared
 
 
@@ -42,8 +44,12 @@ def load(initial_model: Path) -> Any:
 def plain_training(config: RunConfig, prepared: Prepared, initial_model: Path) -> tuple[Curve, dict[str, Tensor]]:
     """Train for `max_steps` and return the curve and the final weights by name."""
     training = config.training
-    task, data = make_task(config, prepared), PackedDataset(Path(prepared.train_path))
+    task, data = (
+        make_task(config, prepared, initial_model.parent / "tokenizer"),
+        PackedDataset(Path(prepared.train_path)),
+    )
     model = load(initial_model).train()
+    use_cpu_dropout(model)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     undecayed = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -103,7 +109,10 @@ def plain_evaluation(
 ) -> dict[str, float]:
     """Loss and accuracy of `weights` on the held-out samples, one sample at a time."""
     assert prepared.validation_path is not None
-    task, data = make_task(config, prepared), PackedDataset(Path(prepared.validation_path))
+    task, data = (
+        make_task(config, prepared, initial_model.parent / "tokenizer"),
+        PackedDataset(Path(prepared.validation_path)),
+    )
     model = load(initial_model).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -277,8 +277,8 @@ def nan_on_one_rank(patch: pytest.MonkeyPatch, training: Training) -> Training:
 
     loss = MaskedLM.loss
 
-    def broken_loss(task: MaskedLM, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss_sum, correct = loss(task, model, batch)
+    def broken_loss(task: MaskedLM, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum, correct = loss(task, *arguments)
         return loss_sum * float("nan"), correct
 
     if torch.distributed.get_rank() == 1:

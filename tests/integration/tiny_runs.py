@@ -139,11 +139,13 @@ class Finished:
         return {file.name: file.read_bytes() for file in sorted(self.training.saved_at(step).path.glob("shard-*"))}
 
 
-def make_base(folder: Path) -> Base:
-    """Tokenise a small corpus and draw the initial weights."""
+def make_base(folder: Path, model: dict[str, Any] | None = None) -> Base:
+    """Tokenise a small corpus and draw the initial weights, of another `model` section than the usual where given."""
     tree = copy.deepcopy(CONFIG)
+    tree["model"] = model or tree["model"]
     for split, num_documents, seed in (("train", 69, 0), ("validation", 15, 1)):
         path = folder / f"{split}.txt"
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(english(num_documents, seed), encoding="utf-8")
         tree["data"][split] = [{"source": "files", "paths": [str(path)]}]
     run = RunFolder.create(folder / "runs", "base")

@@ -10,16 +10,23 @@ from torch.nn.functional import cross_entropy
 from distlm.config.schema import MaskedLMTask
 from distlm.tasks import Batch
 from distlm.tasks.masked_lm import IGNORED, MaskedLM
+from distlm.tasks.words import WordParts
 from distlm.worker.prepare import Prepared
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 1000
+CPU = torch.device("cpu")
 NUM_SAMPLES, LENGTH = 500, 128
 INDICES = np.arange(NUM_SAMPLES)
 EPOCH_0, EPOCH_1 = np.zeros(NUM_SAMPLES, np.int64), np.ones(NUM_SAMPLES, np.int64)
 
 
-def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability: float = 0.15) -> MaskedLM:
+def masked_lm(
+    seed: int = 7,
+    mlm_probability: float = 0.3,
+    eval_mlm_probability: float = 0.15,
+    word_parts: WordParts | None = None,
+) -> MaskedLM:
     config = MaskedLMTask(mlm_probability=mlm_probability, eval_mlm_probability=eval_mlm_probability)
     prepared = Prepared(
         train_path="train.arrow",
@@ -33,10 +40,11 @@ def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability:
         special_token_ids=[PAD, CLS, SEP, MASK],
         num_parameters=1,
         forward_flops_per_sample=1.0,
+        masked_only_head=False,
         data_info={},
         data_was_cached=True,
     )
-    return MaskedLM(config, seed, prepared)
+    return MaskedLM(config, seed, prepared, word_parts)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,37 @@ def test_evaluation_hides_the_same_whatever_the_seed(blocks: np.ndarray) -> None
     assert same(one, settings)
 
 
+# Every token that is no multiple of 3 goes on with the word before it.
+WORD_PARTS = WordParts(np.arange(VOCAB_SIZE) % 3 > 0, np.ones(VOCAB_SIZE, np.bool_))
+
+
+def words_of(row: np.ndarray, is_text: np.ndarray) -> list[list[int]]:
+    """Positions of the tokens of each word of a sample."""
+    words: list[list[int]] = []
+    for position in np.flatnonzero(is_text):
+        goes_on = row[position] % 3 > 0 and position > 0 and is_text[position - 1]
+        words = [*words[:-1], [*words[-1], position]] if goes_on else [*words, [position]]
+    return words
+
+
+def test_whole_words_are_hidden_or_not_and_as_many_tokens(blocks: np.ndarray, is_text: np.ndarray) -> None:
+    batch = masked_lm(word_parts=WORD_PARTS).collate(blocks, EPOCH_0, INDICES, training=True)
+    chosen = masks(batch).numpy()
+    lengths = set()
+    for row, text, hidden in zip(blocks[:60], is_text, chosen, strict=False):
+        for word in words_of(row, text):
+            lengths.add(len(word))
+            assert hidden[word].all() or not hidden[word].any()
+    assert {1, 2, 3, 4} <= lengths, "the test has words of several lengths"
+    assert not (chosen & ~is_text).any()
+    assert chosen.sum() / is_text.sum() == pytest.approx(0.3, abs=0.02)
+    single = masks(masked_lm().collate(blocks, EPOCH_0, INDICES, training=True)).numpy()
+    assert not np.array_equal(chosen, single)
+    few = np.array([17, 4, 333])
+    small = masked_lm(word_parts=WORD_PARTS).collate(blocks[few], EPOCH_0[few], INDICES[few], training=True)
+    assert same(small, {name: tensor[few] for name, tensor in batch.items()})
+
+
 class Guess(torch.nn.Module):
     """Logits from a table, one row for each token id."""
 
@@ -127,7 +166,7 @@ class Guess(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(VOCAB_SIZE, VOCAB_SIZE))
         self.num_calls = 0
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Guess:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Guess:
         self.num_calls += 1
         self.logits = self.table[input_ids]
         return self
@@ -139,7 +178,7 @@ def test_loss_is_a_sum_over_the_targets(blocks: np.ndarray) -> None:
     with torch.no_grad():
         at_unk = model.table[MASK]
         at_unk[int(batch["labels"][masks(batch)][0])] += 100.0  # one token that the model always guesses
-    loss_sum, correct = task.loss(model, batch)
+    loss_sum, correct = task.loss(model, batch, CPU)
     logits = model.table[batch["input_ids"]].flatten(0, 1)
     labels = batch["labels"].flatten()
     assert loss_sum.item() == pytest.approx(cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6)
@@ -151,7 +190,7 @@ def test_a_batch_without_targets_still_calls_the_model_and_has_gradients_of_zero
     task, model = masked_lm(), Guess()
     batch = task.collate(blocks[:2], EPOCH_0[:2], INDICES[:2], training=True)
     batch["labels"].fill_(IGNORED)
-    loss_sum, correct = task.loss(model, batch)
+    loss_sum, correct = task.loss(model, batch, CPU)
     loss_sum.backward()
     assert model.num_calls == 1
     assert (loss_sum.item(), int(correct), task.count_targets(batch)) == (0.0, 0, 0)

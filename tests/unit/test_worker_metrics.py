@@ -63,7 +63,7 @@ def test_flops_are_those_of_the_formula(length: int) -> None:
     full = bert_forward_flops(config, length)
     assert forward_flops_per_sample(config, length) == full
     assert training_flops_per_sample(full) == 3 * full
-    assert forward_flops_per_sample(config, length, num_predicted=4) == full - 2 * (length - 4) * 32 * 100
+    assert forward_flops_per_sample(config, length, num_predicted=4) == full - 2 * (length - 4) * 32 * (32 + 100)
     assert config._attn_implementation is None, "the model that is trained must not become eager"
 
 

@@ -1,0 +1,46 @@
+"""The map of a step from the spans that were measured, and how it is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from distlm.worker.profile import PHASES, describe, step_map
+
+SPANS = {
+    "step": [(0.0, 1.0), (2.0, 3.0)],
+    "data": [(0.0, 0.1), (2.0, 2.1)],
+    "forward": [(0.1, 0.5), (2.1, 2.5)],
+    "head": [(0.4, 0.5), (2.4, 2.5)],
+    "backward": [(0.5, 0.8), (2.5, 2.8)],
+    "optimizer": [(0.8, 0.95), (2.8, 2.95)],
+    # Two overlap, one begins before the backward pass, and one is the sum of the number of targets, in no phase.
+    "communication": [(0.45, 0.55), (0.6, 0.7), (0.65, 0.75), (0.9, 0.95), (2.09, 2.095)],
+}
+
+
+def test_phases_add_up_to_the_step() -> None:
+    result = step_map(3, SPANS, num_steps=2)
+    assert result.rank == 3 and result.step_s == pytest.approx(1.0)
+    assert result.phases_s == pytest.approx(
+        {
+            "data": 0.1,
+            "forward": 0.3,
+            "head": 0.1,
+            "backward": (0.6 - 0.05 - 0.15) / 2,
+            "reduction": (0.05 + 0.15 + 0.05) / 2,
+            "optimizer": (0.3 - 0.05) / 2,
+            "other": 0.05,
+        }
+    )
+    assert sum(result.phases_s.values()) == pytest.approx(result.step_s)
+    assert list(result.phases_s) == list(PHASES)
+
+
+def test_the_text_names_the_slowest_worker_and_its_share_of_the_peak() -> None:
+    quick = step_map(0, SPANS, num_steps=2)
+    slow = step_map(1, SPANS | {"step": [(0.0, 1.5), (2.0, 3.5)]}, num_steps=2)
+    text = describe([quick, slow], range(10, 13), flops_per_step=3e12, peak_flops=4e12)
+    assert "Steps 10 to 12" in text
+    assert "1.5000 s per step on the slowest worker, rank 1" in text
+    assert "50.0% of 4 TFLOP/s" in text
+    assert "| other | 300.0 | 24.0% | 50.0 | 550.0 |" in text
