@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import threading
@@ -63,6 +62,8 @@ class AttemptController:
         self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
         """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
+        self._tracker_deadline_s: float | None = None
+        """Until when (of the monotonic clock) the tracker may answer; None: it has, or we wait no longer."""
         self._helper: Helper
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
@@ -94,8 +95,12 @@ class AttemptController:
     ) -> Outcome:
         try:
             self._describe(recorder, cluster, prepared)
-            self._phases.append(phase_ended("tracker", 1))
+            # MLflow is imported, connected to and asked in a thread while the workers start, which takes longer.
+            self._tracker_deadline_s = time.monotonic() + _TRACKER_TIMEOUT_S
             outcome = self._train(recorder, cluster, prepared, checkpoint)
+            while outcome.exit_code == ExitCode.SUCCEEDED and self._tracker_deadline_s is not None:
+                self._stop_if_asked()
+                self._check_tracker(recorder, _POLL_INTERVAL_S)
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export(prepared.total_steps)
         except InputError:  # its problems are shown one by one
@@ -146,9 +151,10 @@ class AttemptController:
 
     def _import_ahead(self) -> None:
         """Import what is needed next while another process prepares: 1.5 s for Ray Train, 2.5 s for MLflow."""
-        for module in ["ray.train", *(["mlflow"] if "mlflow" in self.config.tracking.report_to else [])]:
-            if not self._helper.is_done(0) and not self.stop.is_set():
-                importlib.import_module(module)
+        import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+        if "mlflow" in self.config.tracking.report_to and not (self._helper.is_done(0) or self.stop.is_set()):
+            import mlflow  # noqa: F401
 
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
         if checkpoint and checkpoint.step > prepared.total_steps:
@@ -209,6 +215,7 @@ class AttemptController:
         incarnation = Incarnation(self.config, cluster, self.folder, arguments)
         while incarnation.is_alive():
             self._stop_if_asked()
+            self._check_tracker(recorder)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
@@ -262,7 +269,7 @@ class AttemptController:
         self._result_of_helper()
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
-        """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
+        """Hand params, tags and the data set to the tracker."""
         config, attempt, commit = self.config, Attempt.read(self.folder), git_commit()
         recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
         recorder.set_tags(
@@ -297,10 +304,15 @@ class AttemptController:
                 )
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
-        deadline = time.monotonic() + _TRACKER_TIMEOUT_S
-        while not (answered := recorder.check_tracker(_POLL_INTERVAL_S)) and time.monotonic() < deadline:
-            self._stop_if_asked()
-        if not answered:
+
+    def _check_tracker(self, recorder: Recorder, wait_s: float = 0.0) -> None:
+        """See whether the tracker takes this run, until it has answered. Raises InputError or AttestationError."""
+        if self._tracker_deadline_s is None:
+            return
+        if recorder.check_tracker(wait_s):
+            self._tracker_deadline_s = None
+        elif time.monotonic() > self._tracker_deadline_s:
+            self._tracker_deadline_s = None
             self.progress.say(
                 f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
                 "folder and sent when it does"

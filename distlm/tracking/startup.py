@@ -19,7 +19,6 @@ Phase = Literal[
     "ray",  # a Ray of its own is started, or one is joined
     "preflight",  # capacity, and a file written from every node
     "prepare",  # data, tokenizer and initial weights
-    "tracker",  # params and tags are handed over, and MLflow answers
     "place",  # Ray Train places the workers and joins them in a process group
     "import",  # of the worker's libraries
     "build",  # the engine: weights, optimizer, checkpoint, attestation
