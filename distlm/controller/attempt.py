@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
 from distlm.controller.cluster import Cluster, connect
+from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
 from distlm.controller.policy import Outcome, Policy, StopAtFirstFailure
 from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
@@ -36,6 +37,8 @@ from distlm.errors import (
 )
 from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
 from distlm.tracking import Tracker
+from distlm.tracking.records import Record
+from distlm.tracking.startup import phase_ended
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
 
@@ -56,18 +59,29 @@ class AttemptController:
         self.config: RunConfig = loaded.config
         self.policy: Policy = StopAtFirstFailure()
         self.failures: list[dict[str, Any]] = []
+        self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
+        """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
+        self._tracker_deadline_s: float | None = None
+        """Until when (of the monotonic clock) the tracker may answer; None: it has, or we wait no longer."""
+        self._helper: Helper
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
 
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
         self._stop_if_asked()
+        address = os.environ.get("RAY_ADDRESS")
         with ExitStack() as ray_scope:
-            address = os.environ.get("RAY_ADDRESS")
+            if not address:
+                self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
-            prepared = self._prepare(cluster)
+            self._phases.append(phase_ended("ray", 1))
+            self._check_cluster(cluster)
+            if address:
+                self._begin_to_prepare(ClusterHelper())
+            prepared = self._prepare()
             checkpoint = checkpoint_to_continue(self.run, self.progress)
             self._refuse_fewer_steps(prepared, checkpoint)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
@@ -81,7 +95,12 @@ class AttemptController:
     ) -> Outcome:
         try:
             self._describe(recorder, cluster, prepared)
+            # MLflow is imported, connected to and asked in a thread while the workers start, which takes longer.
+            self._tracker_deadline_s = time.monotonic() + _TRACKER_TIMEOUT_S
             outcome = self._train(recorder, cluster, prepared, checkpoint)
+            while outcome.exit_code == ExitCode.SUCCEEDED and self._tracker_deadline_s is not None:
+                self._stop_if_asked()
+                self._check_tracker(recorder, _POLL_INTERVAL_S)
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 self._export(prepared.total_steps)
         except InputError:  # its problems are shown one by one
@@ -94,10 +113,8 @@ class AttemptController:
 
     # --- before training ---------------------------------------------------------------------------------------------
 
-    def _prepare(self, cluster: Cluster) -> Prepared:
-        """Preflight, then everything that is made once."""
-        import ray
-
+    def _check_cluster(self, cluster: Cluster) -> None:
+        """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
         if cluster.device == "cpu" and self.config.training.mixed_precision == "bf16" and not cpu_multiplies_bf16():
             self.progress.say(
@@ -107,9 +124,17 @@ class AttemptController:
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
+        self._phases.append(phase_ended("preflight", 1))
+
+    def _begin_to_prepare(self, helper: Helper) -> None:
+        self._helper = helper
+        helper.begin(_prepare_task, str(self.run.path), str(self.folder.path))
+
+    def _prepare(self) -> Prepared:
+        """Wait for everything that is made once."""
         self.progress.say("preparing data, tokenizer and initial weights")
-        task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
-        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
+        self._import_ahead()
+        prepared: Prepared = self._result_of_helper()
         if self.config.task.masked_only_head and not prepared.masked_only_head:
             self.progress.say(
                 "warning: this model's head cannot compute masked positions alone, and computes all "
@@ -121,23 +146,27 @@ class AttemptController:
         )
         CheckpointStore(self.run.checkpoints).clean()  # what a killed save left takes room
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
+        self._phases.append(phase_ended("prepare", 1))
         return prepared
+
+    def _import_ahead(self) -> None:
+        """Import what is needed next while another process prepares: 1.5 s for Ray Train, 2.5 s for MLflow."""
+        import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+        if "mlflow" in self.config.tracking.report_to and not (self._helper.is_done(0) or self.stop.is_set()):
+            import mlflow  # noqa: F401
 
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
         if checkpoint and checkpoint.step > prepared.total_steps:
             message = f"the run has {checkpoint.step} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
 
-    def _get(self, reference: Any) -> Any:
-        """The result of a Ray task, unless the attempt is stopped first. Raises the task's own exception."""
-        import ray
-
-        while not ray.wait([reference], timeout=_POLL_INTERVAL_S)[0]:
+    def _result_of_helper(self) -> Any:
+        """Unless the attempt is stopped first. Raises what the helper's function raises."""
+        self._stop_if_asked()
+        while not self._helper.is_done(_POLL_INTERVAL_S):
             self._stop_if_asked()
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # the text of Ray's own error is a traceback
+        return self._helper.result()
 
     def _stop_if_asked(self) -> None:
         if self.stop.is_set():
@@ -168,6 +197,8 @@ class AttemptController:
         if checkpoint:
             self.progress.say(f"continuing from checkpoint {checkpoint.path.name}")
         recorder.restored(step, number)
+        self._phases = self._phases or [phase_ended("begin", number)]
+        recorder.record(self._phases)
         self.progress.begin(prepared.total_steps)
         self.progress.say(f"starting {self.config.resources.num_workers} workers on {cluster.device}")
         mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
@@ -184,13 +215,14 @@ class AttemptController:
         incarnation = Incarnation(self.config, cluster, self.folder, arguments)
         while incarnation.is_alive():
             self._stop_if_asked()
+            self._check_tracker(recorder)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
         self._record(recorder, mailbox)
         while self._asked_for and time.monotonic() < deadline:
             self._record(recorder, mailbox)
-        self._asked_for = None
+        self._asked_for, self._phases = None, []
         return incarnation.outcome(self.failures)
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
@@ -214,20 +246,30 @@ class AttemptController:
                 self.progress.metrics(message["step"], message["values"])
             elif message.get("event") == "warning":
                 self.progress.say(f"warning: {message['message']}")
+            elif message.get("event") == "phase":
+                self._phases.append(message)
+                if message["phase"] == "first_step":
+                    self._record_startup(recorder, message)
             elif message.get("event") == "step_map":
                 self.progress.say(message["message"])
+
+    def _record_startup(self, recorder: Recorder, first_step: dict[str, Any]) -> None:
+        """The workers train: how long it took them, and everything before them, to begin."""
+        startup_s = (first_step["timestamp_ms"] - self._phases[0]["timestamp_ms"]) / 1000
+        step, incarnation, timestamp_ms = (first_step[key] for key in ("step", "incarnation", "timestamp_ms"))
+        recorder.record([Record(step, incarnation, timestamp_ms, {"time/startup_s": startup_s}).to_message()])
+        self._phases = []
 
     # --- after training ----------------------------------------------------------------------------------------------
 
     def _export(self, last_step: int) -> None:
         """Write model/ in Hugging Face format from the last step's checkpoint, where no worker's memory is needed."""
-        import ray
-
         self.progress.say("writing the model")
-        self._get(ray.remote(num_cpus=1, max_retries=0)(_export_task).remote(str(self.run.path), last_step))
+        self._helper.begin(_export_task, str(self.run.path), last_step)
+        self._result_of_helper()
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
-        """Hand params, tags and the data set to the tracker, and make sure that it takes this run."""
+        """Hand params, tags and the data set to the tracker."""
         config, attempt, commit = self.config, Attempt.read(self.folder), git_commit()
         recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
         recorder.set_tags(
@@ -262,10 +304,15 @@ class AttemptController:
                 )
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
-        deadline = time.monotonic() + _TRACKER_TIMEOUT_S
-        while not (answered := recorder.check_tracker(_POLL_INTERVAL_S)) and time.monotonic() < deadline:
-            self._stop_if_asked()
-        if not answered:
+
+    def _check_tracker(self, recorder: Recorder, wait_s: float = 0.0) -> None:
+        """See whether the tracker takes this run, until it has answered. Raises InputError or AttestationError."""
+        if self._tracker_deadline_s is None:
+            return
+        if recorder.check_tracker(wait_s):
+            self._tracker_deadline_s = None
+        elif time.monotonic() > self._tracker_deadline_s:
+            self._tracker_deadline_s = None
             self.progress.say(
                 f"warning: MLflow does not answer ({recorder.tracker_problem}); metrics are kept in the run's "
                 "folder and sent when it does"

@@ -19,7 +19,7 @@ from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
-_HELPER_CPUS = 1  # for the preparation task and the recorder
+_HELPER_CPUS = 1  # for the tasks that prepare and export
 
 # Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
 _RAY_SETTINGS = {
@@ -98,6 +98,8 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # Nobody drains the one node of a Ray that ends with this run; watching for it is a process of its own.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
     )
     import ray
@@ -108,10 +110,11 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
         gpus = _count_gpus_with_torch()
     device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
+    others = psutil.Process().children(recursive=True)
     try:
         with _own_signal_handlers():
             ray.init(
-                num_cpus=resources.num_workers * cpus_per_worker + _HELPER_CPUS,
+                num_cpus=resources.num_workers * cpus_per_worker,
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -120,18 +123,19 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
                 namespace="distlm",
             )
     except Exception as error:  # whatever Ray raises, the attempt has no cluster
-        _stop_ray()
+        _stop_ray(others)
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         yield Cluster(True, device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
     finally:
-        _stop_ray()
+        _stop_ray(others)
 
 
-def _stop_ray() -> None:
+def _stop_ray(others: list[psutil.Process]) -> None:
+    """End Ray and all that it has started: every child of the controller but `others`, which were there before."""
     import ray
 
-    processes = psutil.Process().children(recursive=True)
+    processes = [process for process in psutil.Process().children(recursive=True) if process not in others]
     ray.shutdown()
     end_processes(processes)
 

@@ -29,14 +29,14 @@ class Incarnation:
         return self._thread.is_alive()
 
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
-        import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
-
         try:
-            TorchTrainer(
+            import ray.train
+            from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+            DataParallelTrainer(
                 run_worker,
                 train_loop_config=arguments.to_dict(),
-                torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
+                backend_config=_backend_config(cluster.device),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=config.resources.num_workers,
                     use_gpu=cluster.device == "cuda",
@@ -57,6 +57,17 @@ class Incarnation:
         if self._error is None:
             return Outcome(ExitCode.SUCCEEDED)
         return first_failure([f for f in failures if f["incarnation"] == self._number], self._error)
+
+
+def _backend_config(device: str) -> Any:
+    """What Ray Train does with the workers before they train."""
+    if device == "cuda":
+        from ray.train.torch import TorchConfig
+
+        return TorchConfig(backend="nccl")
+    from distlm.controller.rendezvous import RendezvousConfig
+
+    return RendezvousConfig()
 
 
 # What a rank says when another one is gone: the consequence of a failure, not its cause.

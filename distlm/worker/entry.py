@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from distlm.errors import DistlmError, ExitCode
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
+from distlm.tracking.startup import Phase, phase_ended
 
 _DELIVERY_TIMEOUT_S = 10.0
 
@@ -46,10 +48,22 @@ def run_worker(arguments: dict[str, Any]) -> None:
     place = ray.train.get_context()
     rank = place.get_world_rank()
     redirect_output(AttemptFolder(Path(told.attempt_path)).worker_log(rank))
-    # Ray sets this from the resources asked for; libraries read it when they are first imported.
-    os.environ["OMP_NUM_THREADS"] = str(told.cpus_per_worker)
+
+    def tell_phase_ended(phase: Phase, step: int) -> None:
+        if rank == 0:
+            told.mailbox.push.remote(phase_ended(phase, told.incarnation, step=step))
+
+    tell_phase_ended("place", told.checkpoint_step)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(place.get_world_size()),
+        LOCAL_RANK=str(place.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
+        # Ray sets this from the resources asked for; libraries read it when they are first imported.
+        OMP_NUM_THREADS=str(told.cpus_per_worker),
+    )
     try:
-        _train(told, rank, place.get_node_rank() if place.get_local_rank() == 0 else None)
+        _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
         traceback.print_exc()
         failed_ranks = getattr(error, "failed_ranks", ())  # all ranks raise it together
@@ -73,7 +87,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
         sys.stderr.flush()
 
 
-def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None:
+def _train(
+    told: WorkerArguments, rank: int, tell_phase_ended: Callable[[Phase, int], None], monitored_node: int | None
+) -> None:
     import torch
 
     torch.set_num_threads(told.cpus_per_worker)
@@ -86,6 +102,7 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
     from distlm.worker.rehearsal import make_sample_log
     from distlm.worker.train import WorkerContext, train
 
+    tell_phase_ended("import", told.checkpoint_step)
     run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))
     config = load_attempt(run, attempt).config
 
@@ -104,6 +121,7 @@ def _train(told: WorkerArguments, rank: int, monitored_node: int | None) -> None
         report=report,
         warn=lambda message: push({"kind": "event", "event": "warning", "message": message}),
         show=lambda text: push({"kind": "event", "event": "step_map", "message": text}),
+        phase_ended=tell_phase_ended,
         on_samples=make_sample_log(run, attempt, config, rank),
         profile_folder=attempt.profile,
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from typing import Any, Self
 
 import psutil
@@ -74,10 +75,12 @@ class StepTimer:
         self._num_steps = self._num_tokens = self._num_samples = 0
 
 
+@cache
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """The FLOP/s of `device` in products of large square matrices: the best of as many as fit into `seconds`.
 
     The second matrix is transposed as in a linear layer; on CPU another layout is up to ten times slower in bfloat16.
+    Measured once in a process.
     """
     size = _MATMUL_SIZE[device.type]
     left = torch.randn(size, size, device=device).to(dtype)

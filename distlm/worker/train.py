@@ -29,6 +29,7 @@ from distlm.data.pack import PackedDataset
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
 from distlm.tasks import Batch, Task, make_task
+from distlm.tracking.startup import Phase
 from distlm.verify_resume.samples import MicroBatch
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
@@ -69,6 +70,8 @@ class WorkerContext:
     """Tells the user something in one line. Called on rank 0 only."""
     show: Callable[[str], None] = print
     """Shows the user a text that was asked for. Called on rank 0 only."""
+    phase_ended: Callable[[Phase, int], None] = lambda phase, step: None
+    """phase_ended(phase, step) tells how far a start has come; `step` is the last one done. On every rank."""
     on_samples: Callable[[list[MicroBatch]], None] | None = None
     """Is told on every rank what it trains on in a step, before it does."""
     profile_folder: Path | None = None
@@ -79,6 +82,7 @@ def train(context: WorkerContext) -> None:
     """Train from the given state to the last step, reporting, evaluating and saving on the way. Collective."""
     worker = Worker(context)
     worker.attest()
+    context.phase_ended("build", worker.first_step - 1)
     try:
         train_steps(worker, context.config.training, context.prepared.total_steps)
     except Exception:
@@ -95,6 +99,8 @@ def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
             worker.write_step_map()
         if is_due(step, config.logging_steps, last_step) or step == 1:
             worker.log(step)
+        if step == worker.first_step:
+            worker.context.phase_ended("first_step", step)
         with worker.timer.paused():
             if is_due(step, config.eval_steps, last_step):
                 worker.evaluate(step)

@@ -33,6 +33,8 @@ from distlm.data.order import samples
 from distlm.data.pack import PackedDataset
 from distlm.errors import ExitCode
 from distlm.run_folder import RunFolder, lease, read_json
+from distlm.tracking.records import read_lines
+from distlm.tracking.startup import startup_seconds
 
 ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null")
 
@@ -91,11 +93,19 @@ class TestSuccess:
             assert history(place, success.run, key) == [1, 5, 10, 15, 20], key
         for key in ("eval/loss", "eval/perplexity", "eval/accuracy"):
             assert history(place, success.run, key) == [10, 20], key
+        assert history(place, success.run, "time/startup_s") == [1]
         metrics = place.mlflow_run(success.run).data.metrics
         assert any(key.startswith("system/0/") for key in metrics)
         assert metrics["learning_rate"] == pytest.approx(1e-2) and metrics["grad_norm"] > 0
         assert 0 < metrics["throughput/device/mfu"] < 1
         assert metrics["epoch"] == pytest.approx(20 * GLOBAL_BATCH / prepared(success.run)["num_train_samples"])
+
+    def test_the_start_is_told_phase_by_phase(self, place: Place, success: Command) -> None:
+        phases = startup_seconds(message for _, message in read_lines(success.run.attempts()[0].metrics_jsonl))
+        assert [*phases] == ["ray", "preflight", "prepare", "place", "import", "build", "first_step"]
+        assert all(seconds >= 0 for seconds in phases.values())
+        metrics = place.mlflow_run(success.run).data.metrics
+        assert metrics["time/startup_s"] == pytest.approx(sum(phases.values()), abs=0.01)
 
     def test_the_loss_falls(self, place: Place, success: Command) -> None:
         run_id = place.mlflow_run(success.run).info.run_id

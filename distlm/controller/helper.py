@@ -1,0 +1,112 @@
+"""Work that needs torch and is done once for a run: in a process beside the controller, or as a task of the cluster.
+
+The controller itself imports no torch. On this machine the helper starts before Ray does and works while Ray starts;
+a cluster's head node may be too small for that, so there the work is a task on any of its nodes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from distlm.errors import InfrastructureError
+
+
+class Helper(Protocol):
+    """Computes one function at a time."""
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Start to compute; function and arguments are pickled."""
+
+    def is_done(self, timeout_s: float) -> bool:
+        """Whether it is computed, after waiting for up to `timeout_s`."""
+
+    def result(self) -> Any:
+        """What the function has returned; raises what it has raised."""
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+
+
+class LocalHelper:
+    """A process on this machine. It ends with the controller, however that ends."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name="distlm-helper")
+        self._process.start()
+        theirs.close()
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._pipe.send((function, arguments))
+
+    def is_done(self, timeout_s: float) -> bool:
+        return self._pipe.poll(timeout_s)
+
+    def result(self) -> Any:
+        try:
+            succeeded, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise InfrastructureError(
+                f"the process that prepares and exports died without an error of its own (exit code {code}; killed or "
+                "out of memory?)"
+            ) from None
+        if not succeeded:
+            raise value
+        return value
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class ClusterHelper:
+    """Tasks on the Ray cluster that the controller is connected to."""
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        import ray
+
+        self._task = ray.remote(num_cpus=1, max_retries=0)(function).remote(*arguments)
+
+    def is_done(self, timeout_s: float) -> bool:
+        import ray
+
+        return bool(ray.wait([self._task], timeout=timeout_s)[0])
+
+    def result(self) -> Any:
+        import ray
+
+        try:
+            return ray.get(self._task)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # the text of Ray's own error is a traceback
+
+    def close(self) -> None:
+        return
+
+
+def _serve(pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            answer = (True, function(*arguments))
+        except BaseException as error:  # noqa: BLE001 - the controller tells the user, whatever it is
+            traceback.print_exc()
+            answer = (False, error)
+        pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
