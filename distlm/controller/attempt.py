@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -23,6 +24,7 @@ from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
+from distlm.data.notes import PreparationProgress, notes
 from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import (
     Cancelled,
@@ -34,7 +36,7 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
-from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from distlm.tracking.mlflow import MlflowTracker
 
 _POLL_INTERVAL_S = 0.5
+_REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S = 60.0
 
@@ -109,7 +112,15 @@ class AttemptController:
         self._stop_if_asked()
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
-        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)))
+        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)), self._show_preparation)
+        self.progress.end_preparation()
+        for note in notes(prepared.data_info["sources"]):
+            self.progress.say(note)
+        for source in prepared.train_mixture if len(prepared.train_mixture) > 1 else []:
+            self.progress.say(
+                f"data: {source['name']}: {source['share']:.1%} of the samples, "
+                f"{source['passes_per_epoch']:.3g} passes per epoch"
+            )
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
@@ -123,12 +134,18 @@ class AttemptController:
             message = f"the run has {checkpoint.step} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
 
-    def _get(self, reference: Any) -> Any:
+    def _show_preparation(self) -> None:
+        """What `_prepare_task` has written last."""
+        if (told := read_json(self.folder.preparation_json)) is not None:
+            self.progress.preparation(PreparationProgress(**told))
+
+    def _get(self, reference: Any, while_waiting: Callable[[], None] = lambda: None) -> Any:
         """The result of a Ray task, unless the attempt is stopped first. Raises the task's own exception."""
         import ray
 
         while not ray.wait([reference], timeout=_POLL_INTERVAL_S)[0]:
             self._stop_if_asked()
+            while_waiting()
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -240,7 +257,7 @@ class AttemptController:
             }
         )
         for split, context, path in (
-            ("train", "training", prepared.train_path),
+            ("train", "training", str(Path(prepared.train_paths[0]).parent)),
             ("validation", "evaluation", prepared.validation_path),
         ):
             if path is not None:
@@ -348,7 +365,19 @@ def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
 
     run, folder = RunFolder(Path(run_path)), AttemptFolder(Path(attempt_path))
     redirect_output(folder.logs / "prepare.log")
-    return prepare_run(load_attempt(run, folder).config, run)
+    told_at_s = -math.inf
+
+    def report(progress: PreparationProgress) -> None:
+        # By a file in the shared folder, which needs no process more.
+        nonlocal told_at_s
+        if time.monotonic() - told_at_s >= _REPORT_INTERVAL_S:
+            told_at_s = time.monotonic()
+            write_json(folder.preparation_json, progress.to_json())
+
+    try:
+        return prepare_run(load_attempt(run, folder).config, run, report)
+    finally:
+        folder.preparation_json.unlink(missing_ok=True)
 
 
 def _export_task(run_path: str, step: int) -> None:
