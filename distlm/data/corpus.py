@@ -17,7 +17,7 @@ import numpy as np
 from distlm.data.encode import slices
 from distlm.data.order import uniform
 from distlm.data.parallel import Chunk, Entry
-from distlm.data.readers import MAX_PIECE_CHARACTERS, Piece
+from distlm.data.readers import MAX_PIECE_CHARACTERS, Piece, status
 from distlm.data.sources import (
     LocalSource,
     Source,
@@ -125,7 +125,7 @@ class CorpusSource:
 
 def _states(files: Iterable[Path]) -> list[list[Any]]:
     """Path, size and time of change of each."""
-    return [[str(file.absolute()), (status := file.stat()).st_size, status.st_mtime_ns] for file in files]
+    return [[str(file.absolute()), (found := status(file)).st_size, found.st_mtime_ns] for file in files]
 
 
 def _settings(source: Source) -> dict[str, Any]:

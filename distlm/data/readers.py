@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -64,7 +65,7 @@ class FileReader:
         """How far reading has come in the file as it lies on the disk."""
         if self.raw is not None and not self.raw.closed:
             return self.raw.tell()
-        return int(self.share_read * self.path.stat().st_size)
+        return int(self.share_read * status(self.path).st_size)
 
     def __iter__(self) -> Iterator[Piece]:
         form, compression = suffixes(self.path)
@@ -109,6 +110,14 @@ def bad_file(message: str, path: Path, line: int | None = None) -> InputError:
 
 def unreadable(path: Path, error: Exception) -> InputError:
     return bad_file(f"cannot be read: {getattr(error, 'strerror', None) or error}", path)
+
+
+def status(path: Path) -> os.stat_result:
+    """Size and times of a file. Raises InputError where it has gone or cannot be looked at."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -199,7 +208,8 @@ class _Lines:
             self.undecodable_line = self.undecodable_line or self.number
             if self._reader.is_strict:
                 what = f"byte 0x{ord(mark[0]) - 0xDC00:02x} in column {mark.start() + 1} is"
-                raise self._reader.not_in_encoding(self.number, what)
+                error, self.undecodable_line = self._reader.not_in_encoding(self.number, what), 0
+                raise error
             line = _MARK.sub(REPLACEMENT_CHARACTER, line)
         return line
 

@@ -93,7 +93,7 @@ class SourceReader:
         """`files` are what `files_of` has found."""
         self._source = source
         self._files = files
-        self._num_bytes = sum(file.stat().st_size for file in files) if source.source == "files" else 0
+        self._num_bytes = sum(status(file).st_size for file in files) if source.source == "files" else 0
         self._bytes_of_finished = 0
         self._current: FileReader | None = None
 

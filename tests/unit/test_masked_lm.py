@@ -22,7 +22,7 @@ EPOCH_0, EPOCH_1 = np.zeros(NUM_SAMPLES, np.int64), np.ones(NUM_SAMPLES, np.int6
 def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability: float = 0.15) -> MaskedLM:
     config = MaskedLMTask(mlm_probability=mlm_probability, eval_mlm_probability=eval_mlm_probability)
     prepared = Prepared(
-        train_path="train.arrow",
+        train_paths=["train-00000.arrow"],
         validation_path=None,
         num_train_samples=NUM_SAMPLES,
         num_validation_samples=0,
@@ -34,6 +34,7 @@ def masked_lm(seed: int = 7, mlm_probability: float = 0.3, eval_mlm_probability:
         num_parameters=1,
         forward_flops_per_sample=1.0,
         data_info={},
+        train_mixture=[],
         data_was_cached=True,
     )
     return MaskedLM(config, seed, prepared)
