@@ -30,6 +30,11 @@ def blocks_path(folder: Path, target: str) -> Path:
     return folder / f"{target}.arrow"
 
 
+def remove_journal(folder: Path) -> None:
+    """When the folder is whole."""
+    (folder / _JOURNAL).unlink(missing_ok=True)
+
+
 class BlockFiles:
     """One file of blocks for each target. Use as a context manager; `finish` completes the files."""
 
@@ -127,6 +132,3 @@ class BlockFiles:
             os.fsync(file.fileno())
         self._open.close()
         self.parts_folder.rmdir()
-
-    def remove_journal(self) -> None:
-        self._journal.unlink(missing_ok=True)

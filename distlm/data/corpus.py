@@ -63,25 +63,29 @@ class CorpusSource:
         self.key = key
         self.name = source_name(source)
         self.settings = _settings(source) | facts
-        self.counts = SourceCounts()
         self._local = local
         self._files = files_of(local)
         self._is_fixed = identity is not None
         self.identity = identity or [self.settings, _states(self._files)]
         self._docstrings: list[Piece] | None = None
-        self._reader = SourceReader(local, self._files)
+        self.rewind()
 
     def check_unchanged(self) -> None:
         """Raises InputError if a file changed since this object was made: its text would go under a wrong name."""
         if not self._is_fixed and self.identity[1] != _states(files_of(self._local)):
             raise InputError("a file of the data changed while it was read; try again when nothing writes to it")
 
+    def rewind(self) -> None:
+        """Nothing of it counts as read."""
+        self.counts = SourceCounts()
+        self._reader = SourceReader(self._local, self._files)
+
     def pieces(self) -> Iterable[Piece]:
         """All documents. Docstrings are parsed once and kept, since that takes far longer than reading them, and what
         is installed fits into memory."""
         if self._docstrings is not None:
             return self._docstrings
-        self._reader = SourceReader(self._local, self._files)
+        self.rewind()
         if self._local.source == "files":
             return self._reader
         self._docstrings = list(self._reader)
@@ -96,7 +100,6 @@ class CorpusSource:
 
         Raises InputError where too many documents are not in the encoding of the files.
         """
-        self.counts = SourceCounts()
         undecodable = UndecodableCount()
         starts = True
         is_huge = False
@@ -177,6 +180,8 @@ class Corpus:
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
         """(number of the source, chunk): every document of every source once, in order. A chunk is of one source."""
+        for source in self.sources:
+            source.rewind()
         held_out = _are_held_out(self._fraction)
         numbers = count()
         for number, source in enumerate(self.sources):

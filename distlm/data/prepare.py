@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from distlm.data.blocks import BlockFiles, blocks_path
+from distlm.data.blocks import BlockFiles, blocks_path, remove_journal
 from distlm.data.cache import fingerprint, make_folder
 from distlm.data.corpus import VALIDATION, Corpus, CorpusSource, train_target
 from distlm.data.hub import copy_dataset
@@ -153,8 +153,11 @@ def prepare_data(
     folder_name = fingerprint(FORMAT_VERSION, corpus.identity, data.max_seq_length, digest)
 
     def write(folder: Path) -> None:
-        if (folder / _INFO).exists():  # whoever made this was killed just before it was renamed
-            return
+        if not (folder / _INFO).exists():  # else whoever made this was killed just before it was renamed
+            pack(folder)
+        remove_journal(folder)
+
+    def pack(folder: Path) -> None:
         with BlockFiles(folder, BlockLayout.of(tokenizer, data.max_seq_length), corpus.targets) as files:
             _pack(corpus, tokenizer, data, files, report)
             for source in corpus.sources:
@@ -163,7 +166,6 @@ def prepare_data(
             info = _info(corpus, files, len(tokenizer), data.max_seq_length, folder_name, digest)
             _check_amount(info, data)
         write_json(folder / _INFO, asdict(info))
-        files.remove_journal()
 
     folder = cache / f"data-{folder_name}"
     was_written = make_folder(folder, write)

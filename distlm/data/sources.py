@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from distlm.data.python_docs import find_modules, missing_packages, module_docs
-from distlm.data.readers import SUFFIXES, FileReader, Piece, describe_unsupported, is_supported, nearest, needs_pyarrow
+from distlm.data.readers import (
+    SUFFIXES,
+    FileReader,
+    Piece,
+    describe_unsupported,
+    is_supported,
+    nearest,
+    needs_pyarrow,
+    status,
+)
 from distlm.errors import InputError, Problem
 
 
