@@ -123,7 +123,7 @@ def packed_chunks(
     yield from numbers
 
 
-# ----------------------------------------------------------------------------------------------- in processes of their own
+# -------------------------------------------------------------------------------------------- in processes of their own
 
 BEGIN = """
 import json, os, resource, signal, sys
@@ -258,7 +258,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     code = """
 corpus.CHUNK_CHARACTERS = 2**18
 def work(path):
-    prepare_data(Data([Files([path])]), TokenizerSettings(train=Train(max_documents=10)), Path(path + ".cache"))
+    data = Data([Files([path])], validation_fraction=0.0)
+    prepare_data(data, TokenizerSettings(train=Train(max_documents=10)), Path(path + ".cache"))
     print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 for path in sys.argv[1:]:
     status(in_new_process(work, path))
