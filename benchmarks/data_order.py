@@ -74,8 +74,8 @@ def main() -> None:
         print(f"{name:48s} {at_start:7.0f} us at the start {at_end:7.0f} us after 10.5 epochs {held:9,d} bytes")
     check_epoch(options.workers, options.micro_batch)
     print(
-        f"{options.workers:,} workers x {options.micro_batch} samples: each of {_EPOCH_OF_CHECK:,} samples exactly once "
-        "in an epoch"
+        f"{options.workers:,} workers x {options.micro_batch} samples: each of {_EPOCH_OF_CHECK:,} samples exactly "
+        "once in an epoch"
     )
 
 

@@ -112,8 +112,11 @@ class AttemptController:
         self._stop_if_asked()
         self.progress.say("preparing data, tokenizer and initial weights")
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_task)
-        prepared: Prepared = self._get(task.remote(str(self.run.path), str(self.folder.path)), self._show_preparation)
-        self.progress.end_preparation()
+        reference = task.remote(str(self.run.path), str(self.folder.path))
+        try:
+            prepared: Prepared = self._get(reference, self._show_preparation)
+        finally:
+            self.progress.end_preparation()
         for note in notes(prepared.data_info["sources"]):
             self.progress.say(note)
         for source in prepared.train_mixture if len(prepared.train_mixture) > 1 else []:

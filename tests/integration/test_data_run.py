@@ -39,7 +39,7 @@ def test_weights_decide_the_share_of_each_source(tmp_path: Path, run: RunFolder)
     first, second = prepared.train_mixture
     total = prepared.num_train_samples
     assert first["num_samples"] + second["num_samples"] == total
-    assert first["share"] == pytest.approx(0.75, abs=0.5 / total) and second["share"] == pytest.approx(
+    assert first["share"] == pytest.approx(0.75, abs=0.6 / total) and second["share"] == pytest.approx(
         1 - first["share"]
     )
     assert first["passes_per_epoch"] == pytest.approx(first["share"] * total / first["num_samples"], abs=1e-5)
@@ -50,7 +50,7 @@ def test_weights_decide_the_share_of_each_source(tmp_path: Path, run: RunFolder)
     assert (indices < first["num_samples"]).mean() == pytest.approx(first["share"], abs=1e-5)
     # The blocks do not depend on the weights, so another mixture tokenizes nothing.
     other = prepare_run(config(tmp_path, 1.0, 1.0), RunFolder.create(run.runs_dir, "other"))
-    assert other.data_was_cached and other.train_mixture[0]["share"] == pytest.approx(0.5, abs=0.5 / total)
+    assert other.data_was_cached and other.train_mixture[0]["share"] == pytest.approx(0.5, abs=0.6 / total)
     plain = prepare_run(config(tmp_path, None, None), RunFolder.create(run.runs_dir, "plain"))
     assert plain.train_mixture[0]["share"] == pytest.approx(first["num_samples"] / total, abs=1e-5)
     assert [source["passes_per_epoch"] for source in plain.train_mixture] == [1.0, 1.0]
