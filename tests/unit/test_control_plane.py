@@ -88,3 +88,11 @@ def test_workers_never_import_mlflow() -> None:
     for folder in ("worker", "tasks", "data"):
         for path in (ROOT / "distlm" / folder).glob("*.py"):
             assert not any(name.startswith("mlflow") for name in imports_of(path)), path
+
+
+def test_processes_that_tokenize_load_little() -> None:
+    code = "import sys, distlm.data.parallel; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(run.stdout.split())
+    assert "tokenizers" in loaded
+    assert not loaded & {"transformers", "torch", "ray", "datasets", "pydantic", "pandas"}
