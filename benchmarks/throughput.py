@@ -174,7 +174,7 @@ def trainer_main(run_folder: Path, result: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run = RunFolder(run_folder)
     training = load_attempt(run, run.attempts()[-1]).config.training
-    packed = PackedDataset(Path(read_json(run.init / "prepared.json")["train_path"]))
+    packed = PackedDataset([Path(path) for path in read_json(run.init / "prepared.json")["train_paths"]])
     warmup_steps = training.logging_steps
 
     class Samples(torch.utils.data.Dataset[dict[str, Any]]):

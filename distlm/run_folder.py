@@ -132,6 +132,10 @@ class AttemptFolder:
         return self.path / "logs"
 
     @property
+    def preparation_json(self) -> Path:
+        return self.path / "preparation.json"
+
+    @property
     def controller_log(self) -> Path:
         return self.logs / "controller.log"
 

@@ -103,7 +103,11 @@ def changed_config(
     changes = [*changes_so_far(run), *overrides]
     tree = read_yaml(run.run_yaml)
     # run.yaml holds every key, and `check` has rules for those that the user has given beside others.
-    loaded = load_tree(without_defaults(tree), changes, check)
-    if refused := list(refuse_changes(tree, resolved_tree(loaded.config, loaded.raw))):
+    written = without_defaults(tree)
+    loaded = load_tree(written, changes, check)
+    begun = load_tree(written)  # with the keys that are new since then
+    if refused := list(
+        refuse_changes(resolved_tree(begun.config, begun.raw), resolved_tree(loaded.config, loaded.raw))
+    ):
         raise InputError(*refused)
     return loaded, changes

@@ -383,7 +383,7 @@ def _strip_tags(tree: Any, loc: tuple[str | int, ...]) -> Key:
 def _message(error: dict[str, Any], key: Key) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key; {_nearest(key)}"
+        return f"unknown key; {_nearest(key, error['loc'])}"
     if kind == "missing":
         return "is required"
     if kind == "literal_error":
@@ -420,13 +420,16 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
 
 
-def _fields_at(key: Key) -> dict[str, Any]:
-    """The legal keys at a place of the tree, with their annotations."""
+def _fields_at(key: Key, loc: Key) -> dict[str, Any]:
+    """The legal keys at a place of the tree, with their annotations; of a union, those of the member that pydantic's
+    `loc` names."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in key:
         if isinstance(part, str):
             found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
             models = [model for annotation in found for model in _models_in(annotation)]
+    if len(models) > 1:
+        models = [model for model in models if get_args(model.model_fields["source"].annotation)[0] in loc]
     return {name: info.annotation for model in models for name, info in model.model_fields.items()}
 
 
@@ -438,9 +441,9 @@ def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[s
             yield from all_keys(inner, f"{prefix}{name}.")
 
 
-def _nearest(key: Key) -> str:
+def _nearest(key: Key, loc: Key) -> str:
     """Advice for an unknown key: the nearest legal name here, else the place where that name is legal."""
-    name, legal = str(key[-1]), list(_fields_at(key[:-1]))
+    name, legal = str(key[-1]), list(_fields_at(key[:-1], loc))
     if close := difflib.get_close_matches(name, legal, n=1, cutoff=0.6):
         return f"did you mean {_dotted((*key[:-1], close[0]))}?"
     elsewhere = {full.rpartition(".")[2]: full for full in all_keys()}

@@ -22,6 +22,7 @@ MAY_CHANGE_ON_RESUME = (
     "runs_dir",
     "env",
     "training.torch_compile",
+    "data.num_proc",
     "training.max_steps",
     "training.num_train_epochs",
     "training.save_steps",
@@ -36,8 +37,11 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
 
-NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "profile.", "runs_dir", "env")
+NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "profile.", "runs_dir", "env", "data.num_proc")
 """Keys that say where and how a run is computed and what it is called, not what is trained."""
+
+MIN_BPE_VOCABULARY = 256 + 5
+"""Tokens of a byte-level BPE without any merge: the bytes and the special tokens."""
 
 # BertConfig's keys as of transformers 5.23, so that a typo is found without importing transformers; a test holds them
 # equal. Other architectures are checked against their own class by the controller's preflight.
@@ -132,6 +136,7 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
     training, deepspeed, resources = config.training, config.deepspeed, config.resources
     yield from _batch(config)
     yield from _model(config)
+    yield from _data(config)
 
     if (training.max_steps is None) == (training.num_train_epochs is None):
         which = "neither is" if training.max_steps is None else "both are"
@@ -200,8 +205,6 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "tokenizer.train: {vocab_size: ...}",
             "tokenizer",
         )
-    if config.data.validation and "validation_fraction" in config.data.model_fields_set:
-        yield Problem("has no meaning beside data.validation; give one of the two", "data.validation_fraction")
     if training.eval_steps and not config.data.validation and not config.data.validation_fraction:
         yield Problem(
             "there is nothing to evaluate on: give data.validation or data.validation_fraction", "training.eval_steps"
@@ -229,6 +232,29 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
             f"{plan.micro_batch} x resources.num_workers = {plan.world_size}; workers that divide it: {sizes}",
             "training.global_train_batch_size",
         )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data, trained = config.data, config.tokenizer.train
+    if data.validation and "validation_fraction" in data.model_fields_set:
+        yield Problem("has no meaning beside data.validation; give one of the two", "data.validation_fraction")
+    if any(source.weight is not None for source in data.train):
+        for number, source in enumerate(data.train):
+            if source.weight is None:
+                message = "other sources have a weight, so this one needs one, too (or none has one)"
+                yield Problem(message, f"data.train.{number}.weight")
+    for number, source in enumerate(data.validation):
+        if source.weight is not None:
+            message = "validation sources have no weight: all their samples are evaluated; leave it out"
+            yield Problem(message, f"data.validation.{number}.weight")
+    for split, sources in (("train", data.train), ("validation", data.validation)):
+        for number, source in enumerate(sources):
+            if source.source == "datasets" and source.streaming and "[" in source.split:
+                message = "a part of a split cannot be streamed; set streaming: false, or use max_documents"
+                yield Problem(message, f"data.{split}.{number}.split")
+    if trained and trained.type == "bpe" and trained.vocab_size < MIN_BPE_VOCABULARY:
+        message = f"bpe needs {MIN_BPE_VOCABULARY} or more: 256 bytes and 5 special tokens"
+        yield Problem(message, "tokenizer.train.vocab_size")
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

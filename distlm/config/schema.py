@@ -6,14 +6,27 @@ The docstrings are the documentation: `distlm schema` prints them for editors.
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+
+
+def _text_encoding(name: str) -> str:
+    try:
+        "".encode(name)  # also refuses codecs that are none of text, such as base64
+    except (LookupError, ValueError):
+        message = (
+            "must be an encoding that Python knows, such as utf-8, utf-16, latin-1, cp1252, gb18030, big5 or cp932"
+        )
+        raise PydanticCustomError("encoding", message) from None
+    return codecs.lookup(name).name
 
 
 class Section(BaseModel):
@@ -63,14 +76,17 @@ class ModelConfig(Section):
 
 
 class TrainedTokenizer(Section):
-    """A WordPiece tokenizer trained from the training text."""
+    """A tokenizer trained from the training text."""
 
+    type: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
+    """wordpiece: BERT's, on words and single CJK characters. bpe: RoBERTa's, on bytes, so that no text is unknown.
+    unigram: ALBERT's and XLM-R's, on text in NFKC form with blanks as characters."""
     vocab_size: Annotated[int, Field(ge=100, lt=2**31)] = 30_522
-    """Number of tokens, special tokens included."""
+    """Number of tokens, special tokens included; bpe needs 261 or more: one for each byte."""
     lowercase: bool = True
     """Lowercase the text and strip accents, as uncased BERT does."""
     max_documents: PositiveInt | None = 100_000
-    """Documents to learn the vocabulary from; null: all."""
+    """Documents to learn the vocabulary from, an equal number of each source; null: all."""
 
 
 class TokenizerConfig(Section):
@@ -83,9 +99,20 @@ class TokenizerConfig(Section):
     """Train a tokenizer from the training text."""
 
 
-class FilesSource(Section):
+class SourceSettings(Section):
+    """What all sources have in common."""
+
+    max_documents: PositiveInt | None = None
+    """Read only that many documents; null: all."""
+    weight: PositiveFloat | None = None
+    """Share of the training samples to draw from this source, relative to the weights of the others; all sources have
+    one or none has. null: every sample of every source once per epoch. For training sources only."""
+
+
+class FilesSource(SourceSettings):
     """Local text files: .txt (paragraphs separated by blank lines), .jsonl, .csv (fields may be quoted), .tsv (a line
-    is a row, quotes are text), .parquet. Tables begin with a header."""
+    is a row, quotes are text), .parquet. Tables begin with a header. All but .parquet may be compressed: .txt.gz,
+    .jsonl.zst, .csv.bz2, .tsv.xz."""
 
     source: Literal["files"]
     """Kind of source."""
@@ -93,11 +120,38 @@ class FilesSource(Section):
     """Files, folders or globs, relative to the current folder."""
     text_column: NonEmptyStr = "text"
     """Key or column that holds the text (not used for .txt)."""
-    max_documents: PositiveInt | None = None
-    """Read only that many documents; null: all."""
+    encoding: Annotated[NonEmptyStr, AfterValidator(_text_encoding)] = "utf-8"
+    """Encoding of the files, by Python's name (not used for .parquet)."""
+    encoding_errors: Literal["replace", "strict"] = "replace"
+    """What to do about bytes that are not in the encoding. replace: each becomes U+FFFD and the documents are counted
+    and reported; more than 10 documents that are more than 1 %, or all, are refused. strict: the first is refused."""
 
 
-class PythonDocsSource(Section):
+class DatasetsSource(SourceSettings):
+    """A data set that the library `datasets` loads: from the Hugging Face Hub, a local folder, or files and URLs. Its
+    text is copied into the cache first, up to a limit; the other columns are left out. Nothing in it is executed."""
+
+    source: Literal["datasets"]
+    """Kind of source."""
+    path: NonEmptyStr
+    """Hub name, local folder, or builder (json, csv, parquet, text, arrow) for `data_files`."""
+    name: NonEmptyStr | None = None
+    """Configuration of the data set, such as 20231101.en; null: its default."""
+    split: NonEmptyStr = "train"
+    """Split to read; also a part of it, such as train[:10%] (only with `streaming: false`)."""
+    revision: NonEmptyStr | None = None
+    """Branch, tag or commit on the Hub; null: the default branch. A run keeps the commit that it began with."""
+    data_files: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
+    """Files, globs or URLs, relative to the data set, or to the current folder for a builder."""
+    text_column: NonEmptyStr = "text"
+    """Column that holds the text."""
+    streaming: bool = True
+    """Read without downloading the whole split first."""
+    max_gib: PositiveFloat = 50.0
+    """Copy at most that much text into the cache, in GiB of UTF-8. Reaching it, or `max_documents`, is reported."""
+
+
+class PythonDocsSource(SourceSettings):
     """Documentation strings of the Python standard library and the installed packages: real English text on every
     machine. The files are parsed, nothing is imported."""
 
@@ -105,11 +159,9 @@ class PythonDocsSource(Section):
     """Kind of source."""
     packages: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
     """Top-level package names; null: the standard library and everything installed."""
-    max_documents: PositiveInt | None = None
-    """Read only that many documents; null: all."""
 
 
-Source = Annotated[FilesSource | PythonDocsSource, Field(discriminator="source")]
+Source = Annotated[FilesSource | DatasetsSource | PythonDocsSource, Field(discriminator="source")]
 
 
 class DataConfig(Section):
@@ -122,7 +174,10 @@ class DataConfig(Section):
     validation_fraction: Fraction = 0.01
     """Share of the training documents held out for evaluation where `validation` is empty; 0: no evaluation."""
     max_seq_length: Annotated[int, Field(ge=8, lt=2**31)] = 128
-    """Tokens in a sample, special tokens included. Documents are packed, so that every sample is full."""
+    """Tokens in a sample, special tokens included. Documents are packed, so that samples are full."""
+    num_proc: PositiveInt | None = None
+    """Processes that tokenize; null: one per core of the node that prepares the data. The result does not depend on
+    it. May change on resume."""
 
 
 class TrainingConfig(Section):

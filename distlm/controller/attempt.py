@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -24,6 +25,7 @@ from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
+from distlm.data.notes import PreparationProgress, notes
 from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import (
     Cancelled,
@@ -35,7 +37,7 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
-from distlm.run_folder import AttemptFolder, RunFolder, read_yaml
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
 from distlm.tracking.records import Record
 from distlm.tracking.startup import phase_ended
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from distlm.tracking.mlflow import MlflowTracker
 
 _POLL_INTERVAL_S = 0.5
+_REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S = 60.0
 
@@ -134,11 +137,21 @@ class AttemptController:
         """Wait for everything that is made once."""
         self.progress.say("preparing data, tokenizer and initial weights")
         self._import_ahead()
-        prepared: Prepared = self._result_of_helper()
+        try:
+            prepared: Prepared = self._result_of_helper(self._show_preparation)
+        finally:
+            self.progress.end_preparation()
+        for note in notes(prepared.data_info["sources"]):
+            self.progress.say(note)
         if self.config.task.masked_only_head and not prepared.masked_only_head:
             self.progress.say(
                 "warning: this model's head cannot compute masked positions alone, and computes all "
                 "(task.masked_only_head)"
+            )
+        for source in prepared.train_mixture if len(prepared.train_mixture) > 1 else []:
+            self.progress.say(
+                f"data: {source['name']}: {source['share']:.1%} of the samples, "
+                f"{source['passes_per_epoch']:.3g} passes per epoch"
             )
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
@@ -161,11 +174,17 @@ class AttemptController:
             message = f"the run has {checkpoint.step} steps already; give that or more"
             raise InputError(Problem(message, "training.max_steps", str(prepared.total_steps)))
 
-    def _result_of_helper(self) -> Any:
+    def _show_preparation(self) -> None:
+        """What `_prepare_task` has written last."""
+        if (told := read_json(self.folder.preparation_json)) is not None:
+            self.progress.preparation(PreparationProgress(**told))
+
+    def _result_of_helper(self, while_waiting: Callable[[], None] = lambda: None) -> Any:
         """Unless the attempt is stopped first. Raises what the helper's function raises."""
         self._stop_if_asked()
         while not self._helper.is_done(_POLL_INTERVAL_S):
             self._stop_if_asked()
+            while_waiting()
         return self._helper.result()
 
     def _stop_if_asked(self) -> None:
@@ -289,7 +308,7 @@ class AttemptController:
             }
         )
         for split, context, path in (
-            ("train", "training", prepared.train_path),
+            ("train", "training", str(Path(prepared.train_paths[0]).parent)),
             ("validation", "evaluation", prepared.validation_path),
         ):
             if path is not None:
@@ -404,7 +423,19 @@ def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
 
     run, folder = RunFolder(Path(run_path)), AttemptFolder(Path(attempt_path))
     redirect_output(folder.logs / "prepare.log")
-    return prepare_run(load_attempt(run, folder).config, run)
+    told_at_s = -math.inf
+
+    def report(progress: PreparationProgress) -> None:
+        # By a file in the shared folder, which needs no process more.
+        nonlocal told_at_s
+        if time.monotonic() - told_at_s >= _REPORT_INTERVAL_S:
+            told_at_s = time.monotonic()
+            write_json(folder.preparation_json, progress.to_json())
+
+    try:
+        return prepare_run(load_attempt(run, folder).config, run, report)
+    finally:
+        folder.preparation_json.unlink(missing_ok=True)
 
 
 def _export_task(run_path: str, step: int) -> None:

@@ -6,6 +6,9 @@ at any sample without reading those before it. Nothing here is meant for cryptog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,7 +16,7 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_ORDER_STREAM = -1  # the streams of `uniform` that callers choose are 0 and above
+_ORDER_STREAM, _SOURCE_STREAM = -1, -2  # the streams of `uniform` that callers choose are 0 and above
 # A Feistel network of few rounds over very few bits is far from uniform; walking through a larger domain mends that.
 _MIN_DOMAIN_BITS = 6
 
@@ -94,3 +97,60 @@ def samples(first: int, count: int, n: int, seed: int, shuffle: bool = True) -> 
     """
     epoch, index = np.divmod(np.arange(first, first + count, dtype=np.int64), n)
     return epoch, permute(index, n, seed, epoch) if shuffle else index
+
+
+class SampleOrder:
+    """The order of a training on several sources, of which source i holds `sizes[i]` samples.
+
+    Samples are numbered through the sources, one after the other. An epoch has as many samples as all sources hold.
+    Without `weights` it takes each of them once. With weights, source i gives `samples_per_epoch[i]` of them, its share
+    of the weights; it is gone through evenly, in a new order each time, and its next pass begins where its last one has
+    ended, in the middle of an epoch or not. Raises ValueError where a source with a weight is empty.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+        self.sizes = list(sizes)
+        self.num_samples = sum(sizes)
+        """In an epoch."""
+        self.samples_per_epoch = self.sizes if weights is None else _apportion(self.num_samples, weights)
+        self._is_weighted = weights is not None
+        self._seed = seed
+        self._source_seeds = [int(_hash(seed, _SOURCE_STREAM, number)[0]) for number in range(len(self.sizes))]
+        if weights is not None and not all(self.sizes):
+            raise ValueError("a source without samples cannot have a weight")
+
+    def samples(self, first: int, count: int) -> tuple[Int64s, Int64s]:
+        """The samples first, first + 1, ..., first + count - 1 of the training: (pass, index) of each.
+
+        `pass` counts how often the source of the sample was gone through before; no pair comes twice.
+        """
+        epochs, places = samples(first, count, self.num_samples, self._seed)
+        if not self._is_weighted:
+            return epochs, places
+        passes, indices = np.empty_like(places), np.empty_like(places)
+        ends = np.cumsum(self.samples_per_epoch)
+        sources = np.searchsorted(ends, places, side="right")
+        for number in np.unique(sources).tolist():
+            chosen = sources == number
+            size, per_epoch = self.sizes[number], self.samples_per_epoch[number]
+            # How many samples of this source come before, in earlier epochs and in the order of this one.
+            before = epochs[chosen] * per_epoch + places[chosen] - (ends[number] - per_epoch)
+            passes[chosen], position = np.divmod(before, size)
+            own_index = permute(position, size, self._source_seeds[number], passes[chosen])
+            indices[chosen] = sum(self.sizes[:number]) + own_index
+        return passes, indices
+
+
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to the total in proportion to the weights, each at least 1 (largest remainders)."""
+    exact = [Fraction(weight) for weight in weights]
+    scale = Fraction(total) / sum(exact)
+    shares = [scale * weight for weight in exact]
+    counts = [max(1, int(share)) for share in shares]
+    # Those with the largest remainders round up; where the floor of 1 has given too much, the largest give back.
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
+    for number in by_remainder[: max(0, total - sum(counts))]:
+        counts[number] += 1
+    while sum(counts) > total:
+        counts[counts.index(max(counts))] -= 1
+    return counts

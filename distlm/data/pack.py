@@ -1,29 +1,30 @@
 """Blocks of token ids: how documents fill them, and the file that holds them.
 
 A block is [CLS] body [SEP], all blocks of a file of the same length. The bodies, one after the other, are the tokens of
-all documents with one separator [SEP] between two documents; documents flow over the borders of blocks. That is the
-FULL-SENTENCES packing of RoBERTa (Liu et al. 2019), and it wastes nothing: only the last block is padded.
+the documents with one separator [SEP] between two documents; documents flow over the borders of blocks. That is the
+FULL-SENTENCES packing of RoBERTa (Liu et al. 2019), and it wastes next to nothing: only the last block of each chunk
+(see distlm.data.parallel) is padded.
 
-The file is an Arrow IPC stream, so `datasets.Dataset.from_file` opens it too. Its one column `input_ids` is a
-fixed-size list of uint16, or int32 where the vocabulary needs it. All record batches but the last hold the same number
-of blocks.
+The file is an Arrow IPC stream, so `datasets.Dataset.from_file` opens it too: a schema, record batches, an end mark,
+each a message of its own, so that batches which were written by several processes need only be joined. Its one column
+`input_ids` is a fixed-size list of uint16, or int32 where the vocabulary needs it.
 """
 
 from __future__ import annotations
 
-import os
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import IO, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 _BATCH_BYTES = 4 * 2**20
-_TOKENS_KEY = "num_tokens"
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class SpecialIds(Protocol):
@@ -34,6 +35,7 @@ class SpecialIds(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    unk_token_id: int | None
 
     def __len__(self) -> int: ...
 
@@ -51,6 +53,7 @@ class BlockLayout:
     separator: int | None
     pad: int
     vocab_size: int
+    unknown: int | None = None
 
     @classmethod
     def of(cls, tokenizer: SpecialIds, max_seq_length: int) -> BlockLayout:
@@ -62,6 +65,7 @@ class BlockLayout:
             separator=tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id,
             pad=tokenizer.pad_token_id,
             vocab_size=len(tokenizer),
+            unknown=tokenizer.unk_token_id,
         )
 
     @property
@@ -78,27 +82,32 @@ class BlockLayout:
         return np.dtype(np.uint16) if self.vocab_size <= 2**16 else np.dtype(np.int32)
 
     @property
+    def schema(self) -> pa.Schema:
+        item = pa.from_numpy_dtype(self.dtype)
+        return pa.schema([pa.field("input_ids", pa.list_(item, self.length), nullable=False)])
+
+    @property
     def blocks_per_batch(self) -> int:
         return max(1, _BATCH_BYTES // (self.length * self.dtype.itemsize))
 
 
 class BlockWriter:
-    """Packs documents into a new file; memory is that of a few record batches.
+    """Packs documents into record batches, which it appends to a file; memory is that of a few of them.
 
-    Use as a context manager; on leaving it without an exception the last block is padded and the file is on disk.
-    `num_tokens` (special tokens included, padding not) and `num_blocks` are complete then.
+    The file's schema and end mark are its owner's. `close` pads the last block; `num_tokens` (special tokens included,
+    padding not), `num_unknown_tokens` and `num_blocks` are complete then.
     """
 
-    def __init__(self, path: Path, layout: BlockLayout) -> None:
+    def __init__(self, file: IO[bytes], layout: BlockLayout) -> None:
         self.num_tokens = 0
+        self.num_unknown_tokens = 0
         self.num_blocks = 0
+        self._file = file
         self._layout = layout
+        self._schema = layout.schema
         self._pending = array("i")
         self._is_separator_due = False
-        item = pa.from_numpy_dtype(layout.dtype)
-        self._schema = pa.schema([pa.field("input_ids", pa.list_(item, layout.length), nullable=False)])
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        self._body_tokens_per_batch = layout.blocks_per_batch * layout.body_length
 
     def add(self, ids: list[int], ends_document: bool = True) -> None:
         """Append the ids of a document, or of a part of it. No separator is written for a document without ids."""
@@ -109,13 +118,17 @@ class BlockWriter:
             self._pending.extend(ids)
         if ends_document and (self._pending or self.num_blocks):
             self._is_separator_due = True
-        body_tokens_per_batch = self._layout.blocks_per_batch * self._layout.body_length
-        while len(self._pending) >= body_tokens_per_batch:
-            self._write(self._pending[:body_tokens_per_batch])
-            del self._pending[:body_tokens_per_batch]
+        while len(self._pending) >= self._body_tokens_per_batch:
+            self._write(self._pending[: self._body_tokens_per_batch])
+            del self._pending[: self._body_tokens_per_batch]
+
+    def close(self) -> None:
+        if self._pending:
+            self._write(self._pending)
+            self._pending = array("i")
 
     def _write(self, body_tokens: array[int]) -> None:
-        """One record batch. Only the last batch of a file may hold a number of tokens that does not fill its blocks."""
+        """One record batch. Only the last batch may hold a number of tokens that does not fill its blocks."""
         layout = self._layout
         num_blocks = -(-len(body_tokens) // layout.body_length)
         num_missing = num_blocks * layout.body_length - len(body_tokens)
@@ -130,53 +143,42 @@ class BlockWriter:
             if num_missing:
                 blocks[-1, -1] = layout.pad
                 blocks[-1, -1 - num_missing] = layout.separator
-        num_tokens = blocks.size - num_missing
         column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), layout.length)
-        batch = pa.record_batch([column], schema=self._schema)
-        self._stream.write_batch(batch, custom_metadata={_TOKENS_KEY: str(num_tokens)})
-        self.num_tokens += num_tokens
+        self._file.write(pa.record_batch([column], schema=self._schema).serialize())
+        self.num_tokens += blocks.size - num_missing
+        self.num_unknown_tokens += int((body == layout.unknown).sum()) if layout.unknown is not None else 0
         self.num_blocks += num_blocks
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if kind is None:
-                if self._pending:
-                    self._write(self._pending)
-                self._stream.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
 
 
 class PackedDataset:
-    """The blocks of a file, memory-mapped: opening reads the headers of the record batches, and a block is read from
-    disk when it is asked for."""
+    """The blocks of one or several files, one after the other, memory-mapped: opening reads the headers of the record
+    batches, and a block is read from disk when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.num_tokens = 0
-        """Tokens in all blocks, special tokens included, padding not."""
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.sizes: list[int] = []
+        """Blocks in each file."""
         self._batches: list[NDArray[np.uint16] | NDArray[np.int32]] = []
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            self.max_seq_length: int = stream.schema.field("input_ids").type.list_size
-            for batch, metadata in stream.iter_batches_with_custom_metadata():
-                ids = batch.column(0).flatten().to_numpy(zero_copy_only=True)
-                self._batches.append(ids.reshape(-1, self.max_seq_length))
-                self.num_tokens += int(metadata[_TOKENS_KEY])
-        self._blocks_per_batch = len(self._batches[0]) if self._batches else 1
-        self._num_blocks = sum(map(len, self._batches))
+        for path in paths:
+            first_batch = len(self._batches)
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                self.max_seq_length: int = stream.schema.field("input_ids").type.list_size
+                for batch in stream:
+                    ids = batch.column(0).flatten().to_numpy(zero_copy_only=True)
+                    self._batches.append(ids.reshape(-1, self.max_seq_length))
+            self.sizes.append(sum(map(len, self._batches[first_batch:])))
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
 
     def __len__(self) -> int:
-        return self._num_blocks
+        return sum(self.sizes)
 
     def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The blocks of these indices, [n] -> [n, max_seq_length]. Raises IndexError outside [0, len)."""
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"block indices must be in [0, {len(self)})")
         blocks = np.empty((len(indices), self.max_seq_length), np.int64)
-        for block, batch, row in zip(blocks, *np.divmod(indices, self._blocks_per_batch), strict=True):
-            block[:] = self._batches[batch][row]
+        batches = np.searchsorted(self._ends, indices, side="right")
+        for number in np.unique(batches):
+            chosen = batches == number
+            batch = self._batches[number]
+            blocks[chosen] = batch[indices[chosen] - (self._ends[number] - len(batch))]
         return blocks

@@ -24,6 +24,7 @@ class MicroBatch:
     positions: list[int]
     """Place of each sample in the whole training, over all workers, from 0."""
     epochs: list[int]
+    """How often the sample's source was gone through before; without weights of the sources that is the epoch."""
     indices: list[int]
     """Number of each sample in the prepared data."""
     sha256: str

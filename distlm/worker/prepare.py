@@ -19,6 +19,10 @@ from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distlm.data.notes import Report
+    from distlm.data.order import SampleOrder
     from distlm.data.prepare import DataInfo
 
 logger = logging.getLogger(__name__)
@@ -28,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """The result, kept in init/prepared.json."""
 
-    train_path: str
-    """Packed training samples (Arrow)."""
+    train_paths: list[str]
+    """Packed training samples (Arrow), a file for each source."""
     validation_path: str | None
     """Packed validation samples; None: there is nothing to evaluate on."""
     num_train_samples: int
@@ -48,14 +52,24 @@ class Prepared:
     """The model's prediction head can compute the masked positions alone."""
     data_info: dict[str, Any]
     """`distlm.data.prepare.DataInfo`: counts, sources and digests of the data."""
+    train_mixture: list[dict[str, Any]]
+    """For each training source: `name`, `num_samples`, `share` of the samples of an epoch, `passes_per_epoch`."""
     data_was_cached: bool
     """Nothing was tokenised for this attempt."""
     is_from_hub: bool = False
     """`model.name_or_path` names a model on the Hub, not a folder."""
 
 
-def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
-    """Make what is missing in init/ and the cache, and write init/prepared.json.
+def sample_order(config: RunConfig, sizes: Sequence[int]) -> SampleOrder:
+    """The order of the training samples, of which source i has `sizes[i]`."""
+    from distlm.data.order import SampleOrder
+
+    weights = [source.weight for source in config.data.train if source.weight is not None]
+    return SampleOrder(sizes, weights or None, config.seed)
+
+
+def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progress: None) -> Prepared:
+    """Make what is missing in init/ and the cache, and write init/prepared.json. `report` is told how far the data is.
 
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
@@ -71,11 +85,12 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         pretrained_config(config.model.name_or_path)
     if tokenizer_config.name_or_path:
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
-    data = prepare_data(config.data, tokenizer_config, run.cache)
+    before = read_json(run.init / "prepared.json")
+    if before is not None:
+        _check_same_format(before["data_info"])
+    data = prepare_data(config.data, tokenizer_config, run.cache, report, _commits(before))
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
-
-    before = read_json(run.init / "prepared.json")
     if before is not None:
         _check_same_data(DataInfo.from_json(before["data_info"]), data.info)
 
@@ -88,7 +103,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks
     prepared = Prepared(
-        train_path=str(data.train_path),
+        train_paths=[str(path) for path in data.train_paths],
         validation_path=str(data.validation_path) if data.validation_path else None,
         num_train_samples=num_train_samples,
         num_validation_samples=data.info.validation.num_blocks if data.info.validation else 0,
@@ -101,6 +116,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
         forward_flops_per_sample=flops,
         masked_only_head=masked_only_head,
         data_info=asdict(data.info),
+        train_mixture=_mixture(config, data.info),
         data_was_cached=data.cached,
         is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
     )
@@ -144,6 +160,54 @@ def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
     return tokenizer
 
 
+_NOT_THE_SAME = "is not what this run began with, so its samples cannot be continued; submit a new run"
+
+
+def _check_same_format(info: dict[str, Any]) -> None:
+    from distlm.data.prepare import FORMAT_VERSION
+
+    if info["format_version"] != FORMAT_VERSION:
+        message = (
+            f"as this version of distlm prepares it (format {FORMAT_VERSION}, the run has {info['format_version']}) "
+            f"{_NOT_THE_SAME}, or resume with the version that it began with"
+        )
+        raise InputError(Problem(message, "data"))
+
+
+def _commits(before: dict[str, Any] | None) -> dict[str, str]:
+    """Config keys of the sources on the Hub, and the commits that the run has begun with and keeps."""
+    return {
+        f"data.{split}.{number}": source["commit"]
+        for split, sources in (before["data_info"]["sources"] if before else {}).items()
+        for number, source in enumerate(sources)
+        if source.get("commit")
+    }
+
+
+def _mixture(config: RunConfig, info: DataInfo) -> list[dict[str, Any]]:
+    """See `Prepared.train_mixture`. Raises InputError for a source that has a weight and no sample."""
+    sizes = [source["num_train_blocks"] for source in info.sources["train"]]
+    problems = [
+        Problem(
+            "the source has a weight, and gives no training sample: it holds no text", f"data.train.{number}.weight"
+        )
+        for number, (source, size) in enumerate(zip(config.data.train, sizes, strict=True))
+        if source.weight is not None and not size
+    ]
+    if problems:
+        raise InputError(*problems)
+    order = sample_order(config, sizes)
+    return [
+        {
+            "name": source["name"],
+            "num_samples": size,
+            "share": round(count / order.num_samples, 6),
+            "passes_per_epoch": round(count / size, 6) if size else 0.0,
+        }
+        for source, size, count in zip(info.sources["train"], sizes, order.samples_per_epoch, strict=True)
+    ]
+
+
 def _check_same_data(before: DataInfo, now: DataInfo) -> None:
     """Raise InputError if a resume would train or evaluate on other samples than the run began with."""
 
@@ -155,8 +219,7 @@ def _check_same_data(before: DataInfo, now: DataInfo) -> None:
     if before.tokenizer_fingerprint != now.tokenizer_fingerprint:
         different.append("tokenizer")
     if different:
-        message = "is not what this run began with, so its samples cannot be continued; submit a new run"
-        raise InputError(*(Problem(message, key) for key in different))
+        raise InputError(*(Problem(_NOT_THE_SAME, key) for key in different))
 
 
 def _model_config(config: RunConfig, tokenizer: Any) -> Any:

@@ -1,6 +1,6 @@
 """The training loop of one worker. It reads as the algorithm; what a step needs is built in the other files here.
 
-Everything random is a function of (seed, step, micro batch) or (seed, epoch, sample index), so that a run can stop at
+Everything random is a function of (seed, step, micro batch) or (seed, pass, sample index), so that a run can stop at
 any step and go on, on the same or on another number of workers, as if it had never stopped.
 
 Samples of step s (from 1): global positions (s - 1) * global_batch ... s * global_batch - 1. Micro batch m of the step
@@ -24,7 +24,7 @@ from distlm.checkpoint.manifest import Progress
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.resolve import batch_plan, profiled_steps
 from distlm.config.schema import RunConfig, TrainingConfig
-from distlm.data.order import permute, samples
+from distlm.data.order import permute
 from distlm.data.pack import PackedDataset
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
@@ -46,7 +46,7 @@ from distlm.worker.engine import (
 from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib, training_flops_per_sample
 from distlm.worker.model import load_model
 from distlm.worker.prefetch import Prefetcher
-from distlm.worker.prepare import Prepared
+from distlm.worker.prepare import Prepared, sample_order
 from distlm.worker.profile import StepMap, StepProfiler, describe
 from distlm.worker.schedule import learning_rate_schedule
 
@@ -172,15 +172,12 @@ class Worker:
         self._evaluation: dict[str, float] = {}
         self._evaluated_step = 0
 
-        self.train_data = PackedDataset(Path(prepared.train_path))
-        self.validation_data = PackedDataset(Path(prepared.validation_path)) if prepared.validation_path else None
+        self.train_data = PackedDataset([Path(path) for path in prepared.train_paths])
+        self.order = sample_order(config, self.train_data.sizes)
+        self.validation_data = PackedDataset([Path(prepared.validation_path)]) if prepared.validation_path else None
         self.batches = Prefetcher(self._make_batches, prepared.total_steps)
-        self.profiler = StepProfiler(
-            profiled_steps(config) if context.profile_folder else range(0),
-            self.engine,
-            self.task.head(model),
-            self.device,
-        )
+        steps_to_profile = profiled_steps(config) if context.profile_folder else range(0)
+        self.profiler = StepProfiler(steps_to_profile, self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(
@@ -304,15 +301,15 @@ class Worker:
 
     def samples(self, first_position: int, count: int) -> Batch:
         """Consecutive training samples, masked."""
-        epochs, indices = samples(first_position, count, len(self.train_data), self.config.seed)
-        return self.task.collate(self.train_data[indices], epochs, indices, training=True)
+        passes, indices = self.order.samples(first_position, count)
+        return self.task.collate(self.train_data[indices], passes, indices, training=True)
 
     def _micro_batch(self, step: int, number: int, batch: Batch) -> MicroBatch:
         """Which samples a micro batch holds, for the record."""
         first, count = self.first_position(step, number), self.plan.micro_batch
-        epochs, indices = samples(first, count, len(self.train_data), self.config.seed)
+        passes, indices = self.order.samples(first, count)
         positions = list(range(first, first + count))
-        return MicroBatch(step, number, positions, epochs.tolist(), indices.tolist(), batch_sha256(batch))
+        return MicroBatch(step, number, positions, passes.tolist(), indices.tolist(), batch_sha256(batch))
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """This worker's share of the evaluation: the same number of batches of the same size on every worker, since a

@@ -44,10 +44,8 @@ def load(initial_model: Path) -> Any:
 def plain_training(config: RunConfig, prepared: Prepared, initial_model: Path) -> tuple[Curve, dict[str, Tensor]]:
     """Train for `max_steps` and return the curve and the final weights by name."""
     training = config.training
-    task, data = (
-        make_task(config, prepared, initial_model.parent / "tokenizer"),
-        PackedDataset(Path(prepared.train_path)),
-    )
+    task = make_task(config, prepared, initial_model.parent / "tokenizer")
+    data = PackedDataset([Path(path) for path in prepared.train_paths])
     model = load(initial_model).train()
     use_cpu_dropout(model)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
@@ -109,10 +107,8 @@ def plain_evaluation(
 ) -> dict[str, float]:
     """Loss and accuracy of `weights` on the held-out samples, one sample at a time."""
     assert prepared.validation_path is not None
-    task, data = (
-        make_task(config, prepared, initial_model.parent / "tokenizer"),
-        PackedDataset(Path(prepared.validation_path)),
-    )
+    task = make_task(config, prepared, initial_model.parent / "tokenizer")
+    data = PackedDataset([Path(prepared.validation_path)])
     model = load(initial_model).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

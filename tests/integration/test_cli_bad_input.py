@@ -5,6 +5,7 @@ before any worker starts and before MLflow hears of it."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, 
 from distlm.cli import main
 from distlm.config.load import load_config
 from distlm.config.resolve import contradictions
-from distlm.data.tokenize import train_tokenizer
+from distlm.data.train_tokenizer import train_tokenizer
 from distlm.errors import ExitCode, InputError
 from distlm.run_folder import RunFolder, new_run_id, read_json
 from distlm.worker.prepare import Prepared, prepare_run
@@ -98,7 +99,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("name: small", "größe: 3", "run.yaml:1: größe = 3: unknown key; allowed here: name, seed, task, model, "
          "tokenizer, data, training, deepspeed, resources, tracking, runs_dir, env"),
         ("source: files, ", "", "run.yaml:8: data.train.0: needs the key 'source'"),
-        ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'python-docs'"),
+        ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'datasets', 'python-docs'"),
         ("[corpus.jsonl]", "corpus.jsonl", "run.yaml:8: data.train.0.paths = corpus.jsonl: must be a list, such as [a, b]"),
         ("[corpus.jsonl]", "[]", "run.yaml:8: data.train.0.paths: must not be an empty list"),
         ("name: small", "name: 2026", "run.yaml:1: name = 2026: must be text; put it in quotes"),
@@ -243,8 +244,17 @@ def parquet(columns: dict[str, Any]) -> Callable[[Path], None]:
         ("a.jsonl", b'["a"]\n', "data.train.0: a.jsonl:1: the line holds a list"),
         ("a.jsonl", b'{"txt": "a"}\n', "data.train.0: a.jsonl:1: no column 'text'; the columns are 'txt'; did you mean 'txt'?"),
         ("a.jsonl", b'{"text": 3}\n', "data.train.0: a.jsonl:1: column 'text' holds a number, not text"),
-        ("a.txt", "größe".encode("latin1"), "data.train.0: a.txt:1: byte 2 (0xf6) is not UTF-8"),
-        ("a.txt", bytes(range(128, 256)), "data.train.0: a.txt:1: byte 0 (0x80) is not UTF-8"),
+        ("a.txt", "größe".encode("latin1"), "data.train.0: a.txt:1: 1 of 1 documents hold bytes that are not UTF-8, so the "
+         "files are probably in another encoding; set encoding to it"),
+        ("a.txt", bytes(range(128, 256)), "data.train.0: a.txt:1: 1 of 1 documents hold bytes that are not UTF-8"),
+        ("a.jsonl", GOOD_LINE.encode("utf-16"), "data.train.0: a.jsonl:1: the file begins as UTF-16 does; set encoding: utf-16"),
+        ("a.jsonl", gzip.compress(GOOD_LINE.encode()), "data.train.0: a.jsonl: the file is compressed; give it a name that ends in .gz"),
+        ("a.jsonl.gz", GOOD_LINE.encode(), "data.train.0: a.jsonl.gz: the compressed file is damaged or cut short (Not a gzipped "
+         "file"),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE.encode())[:-20], "data.train.0: a.jsonl.gz: the compressed file is damaged or cut "
+         "short (Compressed file ended before the end-of-stream marker was reached); copy or make it again"),
+        ("a.parquet.gz", b"", "data.train.0 = a.parquet.gz: Parquet compresses its columns itself; unpack the file"),
+        ("a.gz", b"", "data.train.0 = a.gz: unsupported suffix; use one of .txt"),
         ("a.csv", b"id,body\n1,x\n", "data.train.0: a.csv:1: no column 'text'; the columns are 'id', 'body'"),
         ("a.csv", b"id,text\n1,a,b\n", "data.train.0: a.csv:2: the row has 3 fields and the header has 2"),
         ("a.csv", b"id,text\n", "data.train.0: a.csv: the file holds no records"),

@@ -1,79 +1,47 @@
-"""From sources to blocks in the cache: content, reuse, races, and refusals."""
+"""From sources to blocks in the cache: content, reuse, what is counted, and refusals."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
+import gzip
+import itertools
 import json
-import multiprocessing
+import lzma
 import os
-import random
-import socket
+import re
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from data_settings import (
+    REAL_DATA,
+    TRAIN_TOKENIZER,
+    Data,
+    Files,
+    PythonDocs,
+    TokenizerSettings,
+    Train,
+    content,
+    text,
+    unpack,
+    write_corpus,
+)
 from transformers import AutoTokenizer
 
-from distlm.data import prepare
+from distlm.data import corpus, prepare, readers, sources
+from distlm.data.encode import Encoder
+from distlm.data.notes import notes
 from distlm.data.pack import PackedDataset
-from distlm.data.prepare import PreparedData, prepare_data
-from distlm.data.sources import Source, documents
+from distlm.data.prepare import prepare_data
+from distlm.data.sources import SourceReader
 from distlm.errors import InputError
-
-REAL_DATA = Path(os.environ.get("DISTLM_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-
-
-@dataclass(frozen=True)
-class Files:
-    paths: list[str]
-    text_column: str = "text"
-    max_documents: int | None = None
-    source: Literal["files"] = "files"
-
-
-@dataclass(frozen=True)
-class PythonDocs:
-    packages: list[str] | None
-    max_documents: int | None = None
-    source: Literal["python-docs"] = "python-docs"
-
-
-@dataclass(frozen=True)
-class Data:
-    train: list[Files | PythonDocs]
-    validation: list[Files | PythonDocs] = field(default_factory=list)
-    validation_fraction: float = 0.1
-    max_seq_length: int = 32
-
-
-@dataclass(frozen=True)
-class Train:
-    vocab_size: int = 300
-    lowercase: bool = True
-    max_documents: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    name_or_path: str | None = None
-    train: Train | None = None
-
-
-TRAIN_TOKENIZER = TokenizerSettings(train=Train())
-
-
-def text(number: int) -> str:
-    generator = random.Random(number)
-    return f"d{number} " + " ".join(generator.choices(["alpha", "beta", "gamma", "delta"], k=generator.randint(1, 60)))
-
-
-def write_corpus(path: Path, num_documents: int = 400) -> Files:
-    path.write_text("".join(json.dumps({"text": text(number)}) + "\n" for number in range(num_documents)))
-    return Files([str(path)])
 
 
 @pytest.fixture
@@ -86,22 +54,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "cache"
 
 
-def unpack(prepared: PreparedData, path: Path | None) -> list[str]:
-    """The documents as the blocks hold them, decoded."""
-    assert path is not None
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
-    dataset = PackedDataset(path)
-    blocks = dataset[np.arange(len(dataset))]
-    assert (blocks[:, 0] == tokenizer.cls_token_id).all()
-    body = blocks[:, 1:-1].reshape(-1)
-    body = body[body != tokenizer.pad_token_id]
-    documents = np.split(body, np.flatnonzero(body == tokenizer.sep_token_id))
-    return [tokenizer.decode(ids[ids != tokenizer.sep_token_id]) for ids in documents if len(ids) > 1]
-
-
 def test_blocks_hold_all_documents_once_in_order(data: Data, cache: Path) -> None:
     prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
-    train, held_out = (unpack(prepared, path) for path in (prepared.train_path, prepared.validation_path))
+    train, held_out = (unpack(prepared, path) for path in (prepared.train_paths[0], prepared.validation_path))
     number_of = {text(number): number for number in range(400)}
     train_numbers, held_out_numbers = ([number_of[document] for document in split] for split in (train, held_out))
     assert sorted(train_numbers + held_out_numbers) == list(range(400))
@@ -113,8 +68,7 @@ def test_blocks_hold_all_documents_once_in_order(data: Data, cache: Path) -> Non
     assert info.validation is not None
     assert (info.train.num_documents, info.validation.num_documents) == (len(train), len(held_out))
     assert info.train.num_text_bytes == sum(len(document) for document in train)
-    assert info.train.num_blocks == len(PackedDataset(prepared.train_path))
-    assert info.train.num_tokens == PackedDataset(prepared.train_path).num_tokens
+    assert info.train.num_blocks == len(PackedDataset(prepared.train_paths))
     assert info.vocab_size == len(AutoTokenizer.from_pretrained(prepared.tokenizer_path))
     assert info.sources["train"][0]["paths"] == data.train[0].paths  # type: ignore[union-attr]
 
@@ -125,21 +79,21 @@ def test_second_call_tokenizes_nothing(data: Data, cache: Path, monkeypatch: pyt
     def refuse(*arguments: object) -> None:
         raise AssertionError("worked again")
 
-    monkeypatch.setattr(prepare, "token_ids", refuse)
+    monkeypatch.setattr(Encoder, "ids", refuse)
     monkeypatch.setattr(prepare, "train_tokenizer", refuse)
-    monkeypatch.setattr(prepare, "documents", refuse)
+    monkeypatch.setattr(SourceReader, "__iter__", refuse)
     again = prepare_data(data, TRAIN_TOKENIZER, cache)
     assert not first.cached
     assert again == replace(first, cached=True)
 
 
 def test_every_change_of_content_or_settings_is_prepared_anew(data: Data, cache: Path, tmp_path: Path) -> None:
-    seen = {prepare_data(data, TRAIN_TOKENIZER, cache).train_path}
+    seen = {prepare_data(data, TRAIN_TOKENIZER, cache).train_paths[0]}
 
     def is_new(changed: Data, settings: TokenizerSettings = TRAIN_TOKENIZER) -> bool:
         prepared = prepare_data(changed, settings, cache)
-        is_new = not prepared.cached and prepared.train_path not in seen
-        seen.add(prepared.train_path)
+        is_new = not prepared.cached and prepared.train_paths[0] not in seen
+        seen.add(prepared.train_paths[0])
         return is_new
 
     assert not is_new(data)
@@ -175,7 +129,7 @@ def test_no_validation(data: Data, cache: Path) -> None:
     assert prepared.validation_path is None
     assert prepared.info.validation is None
     assert prepared.info.train.num_documents == 400
-    assert not (prepared.train_path.parent / "validation.arrow").exists()
+    assert not (prepared.train_paths[0].parent / "validation.arrow").exists()
 
 
 def test_documents_without_text_are_counted(cache: Path, tmp_path: Path) -> None:
@@ -184,7 +138,7 @@ def test_documents_without_text_are_counted(cache: Path, tmp_path: Path) -> None
     data = Data([Files([str(tmp_path / "a.jsonl")])], validation_fraction=0.0, max_seq_length=8)
     prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
     assert (prepared.info.train.num_documents, prepared.info.train.num_empty_documents) == (2, 3)
-    assert unpack(prepared, prepared.train_path) == [text(0), text(1)]
+    assert unpack(prepared, prepared.train_paths[0]) == [text(0), text(1)]
 
 
 def test_an_existing_tokenizer_is_copied_into_the_cache(data: Data, cache: Path, tmp_path: Path) -> None:
@@ -198,12 +152,13 @@ def test_an_existing_tokenizer_is_copied_into_the_cache(data: Data, cache: Path,
 
 def test_python_docs_are_parsed_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    parse = sources.module_docs
 
-    def count_calls(source: Source) -> Iterator[str]:
-        calls.append(source)
-        return documents(source)
+    def count_calls(files: list[Path]) -> Iterator[str]:
+        calls.append(files)
+        return parse(files)
 
-    monkeypatch.setattr(prepare, "documents", count_calls)
+    monkeypatch.setattr(sources, "module_docs", count_calls)
     data = Data([PythonDocs(["json", "logging", "email"])], validation_fraction=0.2)
     prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
     assert prepared.info.train.num_documents > 10
@@ -212,43 +167,9 @@ def test_python_docs_are_parsed_once(cache: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_datasets_opens_the_file(data: Data, cache: Path) -> None:
     prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
-    opened = datasets.Dataset.from_file(str(prepared.train_path))
-    blocks = PackedDataset(prepared.train_path)
+    opened = datasets.Dataset.from_file(str(prepared.train_paths[0]))
+    blocks = PackedDataset(prepared.train_paths)
     assert np.array(opened["input_ids"]).tolist() == blocks[np.arange(len(blocks))].tolist()
-
-
-def prepare_and_send(data: Data, cache: Path, barrier: object, queue: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
-    queue.put((prepared.train_path, prepared.info))  # type: ignore[attr-defined]
-
-
-def test_two_processes_at_once_end_with_one_result(data: Data, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=prepare_and_send, args=(data, cache, barrier, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert results[0] == results[1]
-    assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == ["data", "tokenizer"]
-
-
-def test_the_loser_of_a_race_takes_the_winners_result(data: Data, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other process commits while this one is about to."""
-    real_pack, winners = prepare._pack, []
-
-    def pack_after_the_other(*arguments: object) -> object:
-        monkeypatch.setattr(prepare, "_pack", real_pack)
-        winners.append(prepare_data(data, TRAIN_TOKENIZER, cache))
-        return real_pack(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prepare, "_pack", pack_after_the_other)
-    prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
-    assert prepared == winners[0]
-    assert not list(cache.glob("*.tmp"))
 
 
 def test_failure_leaves_nothing_behind(data: Data, cache: Path, tmp_path: Path) -> None:
@@ -257,17 +178,6 @@ def test_failure_leaves_nothing_behind(data: Data, cache: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=r"corpus\.jsonl:401"):
         prepare_data(data, TokenizerSettings(train=Train(max_documents=50)), cache)
     assert [path.name.partition("-")[0] for path in cache.iterdir()] == ["tokenizer"]
-
-
-def test_left_over_folders_of_the_dead_are_removed(data: Data, cache: Path) -> None:
-    owners = {"dead": socket.gethostname(), "alive": socket.gethostname(), "elsewhere": "another-host"}
-    for name, host in owners.items():
-        (cache / f"data-{name}.tmp").mkdir(parents=True)
-        (cache / f"data-{name}.tmp" / "lock").write_text(f"{host} 1\n")
-    with open(cache / "data-alive.tmp" / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        prepare_data(data, TRAIN_TOKENIZER, cache)
-        assert sorted(path.name for path in cache.glob("*.tmp")) == ["data-alive.tmp", "data-elsewhere.tmp"]
 
 
 def test_data_that_changes_while_it_is_read_is_refused(
@@ -310,13 +220,108 @@ def test_validation_sources_without_text_are_refused(data: Data, cache: Path, tm
 )
 def test_real_corpora(cache: Path, path: str, num_documents: int) -> None:
     source = Files([str(REAL_DATA / path)], max_documents=num_documents)
-    prepared = prepare_data(Data([source], max_seq_length=128), TokenizerSettings(train=Train(4000)), cache)
+    prepared = prepare_data(Data([source], max_seq_length=128), TokenizerSettings(train=Train(vocab_size=4000)), cache)
     train, validation = prepared.info.train, prepared.info.validation
     assert validation is not None
     assert train.num_documents + validation.num_documents + train.num_empty_documents >= 0.99 * num_documents
-    dataset = PackedDataset(prepared.train_path)
+    dataset = PackedDataset(prepared.train_paths)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
     blocks = dataset[np.arange(len(dataset))]
     assert (blocks == tokenizer.unk_token_id).mean() < 0.01
     assert (blocks[:-1] != tokenizer.pad_token_id).all()
     assert blocks.max() < len(tokenizer) <= 4000
+
+
+def test_what_is_unusual_is_counted_and_told(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(corpus, "MAX_PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(corpus, "CHUNK_CHARACTERS", 12_000)
+    lines = [json.dumps({"text": value}).encode() + b"\n" for value in [*map(text, range(1500)), "", "alpha " * 2001]]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines) + b'{"text": "beta \xff"}\n' * 3)
+    huge = "gamma delta\n" * 1000
+    (tmp_path / "b.txt").write_text(f"alpha\n\n{huge}\n秦川雄帝宅\n")
+    data = Data([Files([str(tmp_path / "a.jsonl")]), Files([str(tmp_path / "b.txt")])], validation_fraction=0.0)
+    settings = TokenizerSettings(train=Train(vocab_size=100, max_documents=50))
+    prepared = prepare_data(data, settings, cache)
+    first, second = prepared.info.sources["train"]
+    counts = ("num_documents", "num_empty_documents", "num_huge_documents", "num_undecodable_documents")
+    assert [first[name] for name in counts] == [1505, 1, 1, 3]
+    assert [second[name] for name in counts] == [3, 0, 1, 0]
+    assert first["first_undecodable"] == f"{tmp_path}/a.jsonl:1503"
+    assert second["num_text_bytes"] == len(f"alpha{huge.rstrip()}秦川雄帝宅".encode())
+    told = list(notes(prepared.info.sources))
+    assert told[0] == (
+        f"data: {tmp_path}/a.jsonl: 1 empty document, 1 longer than 5,000 characters (cut into slices, all trained), 3 "
+        f"with bytes that are not utf-8 (first: {tmp_path}/a.jsonl:1503)"
+    ).replace("5,000", f"{8 * 2**20:,}")
+    assert told[1].startswith(f"data: {tmp_path}/b.txt: 1 longer than")
+    # All of a document that is cut is there.
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
+    dataset = PackedDataset(prepared.train_paths[1:])
+    ids = dataset[np.arange(len(dataset))]
+    assert tokenizer.decode(ids.reshape(-1), skip_special_tokens=True).replace(" ", "").count("gammadelta") == 1000
+
+
+def test_files_in_another_encoding_are_refused(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\n\n".join(["Größe", "Maß", "klein"] * 100).encode("latin-1"))
+    data = Data([Files([str(tmp_path / "a.txt")])])
+    with pytest.raises(InputError) as caught:
+        prepare_data(data, TRAIN_TOKENIZER, cache)
+    (found,) = caught.value.problems
+    assert (found.key, found.location) == ("data.train.0.encoding", f"{tmp_path}/a.txt:1")
+    assert "200 of 300 documents hold bytes that are not UTF-8" in found.message
+    latin = replace(data, train=[Files([str(tmp_path / "a.txt")], encoding="latin-1")])
+    prepared = prepare_data(latin, TokenizerSettings(train=Train(lowercase=False)), cache)
+    assert set(unpack(prepared, prepared.train_paths[0])) == {"Größe", "Maß", "klein"}
+
+
+def test_unknown_text_is_warned_of(data: Data, cache: Path, tmp_path: Path) -> None:
+    tokenizer = TokenizerSettings(name_or_path=str(prepare_data(data, TRAIN_TOKENIZER, cache).tokenizer_path))
+    (tmp_path / "zh.txt").write_text("\n\n".join(["秦川雄帝宅 函谷壯皇居"] * 50))
+    prepared = prepare_data(Data([Files([str(tmp_path / "zh.txt")])]), tokenizer, cache)
+    (warning,) = notes(prepared.info.sources)
+    assert re.match(r"warning: data: .*zh\.txt: [89]\d\.\d% of the tokens are unknown to the tokenizer", warning)
+
+
+def test_a_tokenizer_learns_from_every_source(data: Data, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "zh.txt").write_text("\n\n".join(["秦川雄帝宅"] * 50))
+    both = replace(data, train=[*data.train, Files([str(tmp_path / "zh.txt")])])
+    prepared = prepare_data(both, TokenizerSettings(train=Train(max_documents=20)), cache)
+    assert AutoTokenizer.from_pretrained(prepared.tokenizer_path).tokenize("秦") == ["秦"]
+
+
+def test_a_second_process_waits_for_the_first(data: Data, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared = prepare_data(data, TRAIN_TOKENIZER, cache / "reference")
+    name = prepared.train_paths[0].parent.name
+    partial = cache / f"{name}.partial"
+    partial.mkdir(parents=True)
+    with open(partial / "lock", "w") as lock, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        lock.write("process 1 on a host")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(prepare_data, data, TRAIN_TOKENIZER, cache)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=2)
+        shutil.copytree(prepared.train_paths[0].parent, cache / name)
+        shutil.rmtree(partial)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result(timeout=60).cached
+    assert "waiting for process 1 on a host, which is making" in caplog.text
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real data at {REAL_DATA}; set DISTLM_TEST_DATA")
+def test_gzip_parquet_and_plain_files_of_poems_give_the_same_samples(cache: Path, tmp_path: Path) -> None:
+    with open(REAL_DATA / "tang_poems" / "train.jsonl", encoding="utf-8") as file:
+        lines = list(itertools.islice(file, 1500))
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress("".join(lines).encode("gb18030")))
+    pq.write_table(pa.table({"text": [json.loads(line)["text"] for line in lines]}), tmp_path / "a.parquet")
+    found = []
+    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.xz", "a.parquet"):
+        encoding = "gb18030" if name == "b.jsonl.xz" else "utf-8"
+        data = Data([Files([str(tmp_path / name)], encoding=encoding)], max_seq_length=128)
+        prepared = prepare_data(data, TokenizerSettings(train=Train(vocab_size=4000)), cache)
+        found.append((prepared.info.train.content_sha256, content(prepared)))
+    assert all(one == found[0] for one in found)
+    assert prepared.info.train.num_documents == 1342

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import random
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distlm.data import tokenize
-from distlm.data.tokenize import load_tokenizer, token_ids, tokenizer_digest, train_tokenizer
+from distlm.data import encode
+from distlm.data import train_tokenizer as training
+from distlm.data.encode import Encoder
+from distlm.data.tokenize import load_tokenizer, tokenizer_digest
+from distlm.data.train_tokenizer import TokenizerType, train_tokenizer
 from distlm.errors import InputError
 
 
@@ -21,6 +31,10 @@ def english(num_documents: int, seed: int = 0) -> list[str]:
     syllables = [a + b for a in "bcdfghklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er")]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(2000)]
     return [" ".join(generator.choices(words, k=80)).capitalize() + ", café №1." for _ in range(num_documents)]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[tuple[list[int], bool]]:
+    return list(Encoder(tokenizer.backend_tokenizer.to_str()).ids(documents))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,7 @@ def test_cased_tokenizer_keeps_case_and_accents() -> None:
 def test_counting_in_portions_changes_nothing(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "_MAX_DISTINCT_CHUNKS", 50)
+    monkeypatch.setattr(training, "_MAX_DISTINCT_CHUNKS", 50)
     again = train_tokenizer(english(200), vocab_size=600, lowercase=True, max_seq_length=64)
     assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
 
@@ -79,7 +93,7 @@ def test_training_without_text_is_refused() -> None:
 
 def test_ids_are_those_of_the_tokenizer_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [*english(40, seed=1), "", " ", "x"]
-    pieces = list(token_ids(tokenizer, documents))
+    pieces = token_ids(tokenizer, documents)
     assert all(ends_document for _, ends_document in pieces)
     assert [ids for ids, _ in pieces] == tokenizer(documents, add_special_tokens=False).input_ids
 
@@ -87,10 +101,10 @@ def test_ids_are_those_of_the_tokenizer_itself(tokenizer: PreTrainedTokenizerFas
 def test_long_documents_are_tokenized_in_slices_without_a_trace(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "_SLICE_CHARACTERS", 1500)
-    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(encode, "_SLICE_CHARACTERS", 1500)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 4000)
     documents = [" ".join(english(100)), "short", "a" * 5000 + " " + "b" * 10]
-    pieces = list(token_ids(tokenizer, documents))
+    pieces = token_ids(tokenizer, documents)
     assert [ends_document for _, ends_document in pieces].count(True) == 3
     assert len(pieces) > 30
     joined: list[list[int]] = [[]]
@@ -118,7 +132,7 @@ def test_a_tokenizers_own_truncation_and_padding_are_off(tokenizer: PreTrainedTo
     truncating.backend_tokenizer.enable_truncation(16)
     truncating.backend_tokenizer.enable_padding(length=16)
     documents = ["ba be", english(1)[0]]
-    assert list(token_ids(truncating, documents)) == list(token_ids(tokenizer, documents))
+    assert token_ids(truncating, documents) == token_ids(tokenizer, documents)
 
 
 def test_digest_changes_with_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -144,3 +158,104 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch:
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="no mask_token and no pad_token"):
         load_tokenizer(str(tmp_path / "plain"))
+
+
+# -------------------------------------------------------------------------------------------------------- all the types
+
+REAL_DATA = Path(os.environ.get("DISTLM_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+TYPES: tuple[TokenizerType, ...] = ("wordpiece", "bpe", "unigram")
+MIXED = (
+    "Hello 世界，秦川雄帝宅。🎉👩‍👩‍👧 مرحبا नमस्ते"
+    " ﬁ e\u0301 ＡＢＣ 한국어 Ünïcode\n\n    indented\tx = [MASK] <mask>\u3000\u200b"
+)
+
+
+def poems(number: int) -> list[str]:
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}; set DISTLM_TEST_DATA")
+    with open(REAL_DATA / "tang_poems" / "train.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in islice(file, number)]
+
+
+def unknown_share(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> float:
+    ids = [id for ids, _ in token_ids(tokenizer, documents) for id in ids]
+    return ids.count(tokenizer.unk_token_id) / len(ids)
+
+
+def test_byte_level_bpe_gives_every_text_back(tmp_path: Path) -> None:
+    trained = train_tokenizer(english(30), 400, lowercase=False, max_seq_length=64, type="bpe")
+    trained.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for text in (MIXED, "".join(map(chr, range(0x20, 0x2000))), "".join(poems(20))):
+        [(ids, _)] = token_ids(loaded, [text])
+        assert loaded.unk_token_id not in ids and not {0, 1, 2, 4} & set(ids)
+        assert loaded.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert "Ġ" in "".join(loaded.get_vocab()) and len(loaded) == 400
+
+
+@pytest.mark.parametrize("type", TYPES[1:])
+def test_robertas_special_tokens_stand_where_roberta_has_them(tmp_path: Path, type: TokenizerType) -> None:
+    train_tokenizer(english(60), 400, lowercase=True, max_seq_length=64, type=type).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.convert_ids_to_tokens(range(5)) == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    named = ("bos", "pad", "eos", "unk", "mask", "cls", "sep")
+    assert [getattr(loaded, f"{name}_token_id") for name in named] == [0, 1, 2, 3, 4, 0, 2]
+    assert loaded.decode(loaded("CAFÉ bana", "ba").input_ids).replace(" ", "") == "<s>cafebana</s></s>ba</s>"
+    assert loaded("ba <mask> ba").input_ids.count(4) == 1
+    assert loaded.model_max_length == 64
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_chinese_fills_the_vocabulary_and_never_more(type: TokenizerType) -> None:
+    documents = poems(600)
+    num_characters = len(set("".join(documents)))
+    for vocab_size in (300, num_characters + 100):
+        trained = train_tokenizer(documents, vocab_size, lowercase=True, max_seq_length=64, type=type)
+        assert 0.9 * vocab_size <= len(trained) <= vocab_size
+        # A small vocabulary holds the most frequent characters: about half of the text.
+        limit = 0.0 if type == "bpe" else 0.6 if vocab_size == 300 else 0.001
+        assert unknown_share(trained, documents) <= limit
+    if type == "wordpiece":
+        assert trained.tokenize("秦川word雄") == ["秦", "川", *trained.tokenize("word"), "雄"]
+        assert not [token for token in trained.get_vocab() if len(token.removeprefix("##")) > 1 and "秦" in token]
+
+
+def test_wordpiece_and_unigram_know_all_the_scripts_they_were_trained_on() -> None:
+    for type in ("wordpiece", "unigram"):
+        trained = train_tokenizer([MIXED] * 3, 300, lowercase=False, max_seq_length=64, type=type)
+        assert unknown_share(trained, [MIXED]) == 0, type
+
+
+def test_another_process_trains_the_same_tokenizers() -> None:
+    """In another process hash tables have another order."""
+
+    def digests() -> list[str]:
+        documents = [*english(100), *poems(100), MIXED]
+        return [tokenizer_digest(train_tokenizer(documents, 700, False, 64, type)) for type in TYPES]
+
+    code = f"from test_data_tokenize import *\n{textwrap.dedent(inspect.getsource(digests))}\nprint(digests())"
+    other = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert other.stdout.strip() == str(digests()), other.stderr
+
+
+def test_rare_words_are_forgotten_where_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_MAX_DISTINCT_CHUNKS", 100)
+    monkeypatch.setattr(training, "_MAX_DISTINCT_WORDS", 1000)
+    counted = []
+    drop_rare = training._drop_rare
+
+    def drop_and_count(words: Counter[str]) -> None:
+        drop_rare(words)
+        counted.append(len(words))
+
+    monkeypatch.setattr(training, "_drop_rare", drop_and_count)
+    rare = [" ".join(f"x{document}y{word}" for word in range(50)) + " often" for document in range(100)]
+    trained = train_tokenizer(rare, 300, lowercase=True, max_seq_length=64)
+    assert len(counted) > 10 and max(counted) <= 1000
+    assert trained.tokenize("often") == ["often"]
+
+
+def test_a_word_without_end_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for type in TYPES:
+        trained = train_tokenizer(["ab" * 500_000, "ab ab"], 270, lowercase=True, max_seq_length=64, type=type)
+        assert len(trained) <= 270

@@ -239,9 +239,9 @@ class TestFailures:
 
     def test_an_error_on_one_rank_is_told_from_those_that_follow(self, place: Place, success: Command) -> None:
         # One token of a sample that rank 1 trains on in step 2 becomes larger than the vocabulary.
-        path = Path(prepared(success.run)["train_path"])
-        _, indices = samples(GLOBAL_BATCH + MICRO_BATCH, 1, len(PackedDataset(path)), SEED)
-        sample = PackedDataset(path)[indices][0].astype(np.uint16)
+        (path,) = map(Path, prepared(success.run)["train_paths"])
+        _, indices = samples(GLOBAL_BATCH + MICRO_BATCH, 1, len(PackedDataset([path])), SEED)
+        sample = PackedDataset([path])[indices][0].astype(np.uint16)
         content = path.read_bytes()
         assert content.count(sample.tobytes()) == 1
         broken = np.where(np.arange(MAX_SEQ_LENGTH) % (MAX_SEQ_LENGTH - 1) == 0, sample, 60_000).astype(np.uint16)

@@ -269,7 +269,7 @@ def other_data(patch: pytest.MonkeyPatch, training: Training) -> Training:
     assert training.prepared.validation_path is not None
     if torch.distributed.get_rank() == 0:
         return training
-    return replace(training, prepared=replace(training.prepared, train_path=training.prepared.validation_path))
+    return replace(training, prepared=replace(training.prepared, train_paths=[training.prepared.validation_path]))
 
 
 def nan_on_one_rank(patch: pytest.MonkeyPatch, training: Training) -> Training:

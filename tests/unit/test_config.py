@@ -63,7 +63,7 @@ def test_shipped_configs_are_valid() -> None:
         ("learning_rate: 3\n", 1, "learning_rate", "did you mean training.learning_rate?"),
         ("task: {mlm_probabilty: 0.2}\n", 1, "task.mlm_probabilty", "did you mean task.mlm_probability?"),
         ("data:\n  train:\n  - source: files\n    path: [a]\n", 4, "data.train.0.path", "data.train.0.paths"),
-        ("data:\n  train:\n  - source: file\n", 3, "data.train.0.source", "'files', 'python-docs'"),
+        ("data:\n  train:\n  - source: file\n", 3, "data.train.0.source", "'files', 'datasets', 'python-docs'"),
         ("training: {mixed_precision: bf32}\n", 1, "training.mixed_precision", "'no', 'bf16' or 'fp16'"),
         ("training:\n  max_steps: many\n", 2, "training.max_steps", "must be a valid integer"),
         ("training:\n  max_steps: 1.5\n", 2, "training.max_steps", "must be a valid integer"),
@@ -121,6 +121,36 @@ def test_a_wrong_key_or_value_is_named_with_its_line(
             ["tracking.registered_model_name=m", "tracking.log_model=false"],
             "tracking.registered_model_name",
             "log_model",
+        ),
+        (["tokenizer.train.type=bpe", "tokenizer.train.vocab_size=260"], "tokenizer.train.vocab_size", "bpe needs 261"),
+        (
+            ["data.train.0.encoding=utf-9"],
+            "data.train.0.encoding",
+            "must be an encoding that Python knows, such as utf-8",
+        ),
+        (["data.train.0.encoding=base64"], "data.train.0.encoding", "must be an encoding that Python knows"),
+        (["data.train.0.encoding_errors=ignore"], "data.train.0.encoding_errors", "'replace' or 'strict'"),
+        (["data.train.0.weight=0"], "data.train.0.weight", "greater than 0"),
+        (
+            ["data.validation=[{source: files, paths: [v.txt], weight: 1}]"],
+            "data.validation.0.weight",
+            "validation sources have no weight",
+        ),
+        (
+            ["data.train=[{source: python-docs, weight: 2}, {source: python-docs}]"],
+            "data.train.1.weight",
+            "this one needs one, too",
+        ),
+        (
+            ["data.train=[{source: datasets, path: a/b, split: 'train[:5%]'}]"],
+            "data.train.0.split",
+            "set streaming: false",
+        ),
+        (["data.train.0.path=a"], "data.train.0.path", "did you mean data.train.0.paths?"),
+        (
+            ["data.train=[{source: datasets, path: a/b, textcolumn: b}]"],
+            "data.train.0.textcolumn",
+            "did you mean data.train.0.text_column?",
         ),
         (
             ["training.lr_scheduler_type=constant", "training.warmup_steps=5"],
@@ -339,3 +369,25 @@ def test_problems_survive_pickling() -> None:
     error = InputError(Problem("wrong", "a.b", "3", "x.yaml:1"), "and this")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert again.problems == error.problems and str(again) == str(error)
+
+
+def test_an_encoding_is_known_by_its_other_names(tmp_path: Path) -> None:
+    names = {"UTF8": "utf-8", "Latin-1": "iso8859-1", "GB18030": "gb18030", "utf_16": "utf-16"}
+    for given, name in names.items():
+        (source,) = load(tmp_path, VALID, f"data.train.0.encoding={given}").config.data.train
+        assert source.source == "files" and source.encoding == name
+
+
+def test_a_resume_may_change_the_number_of_tokenizing_processes_and_no_weight(tmp_path: Path) -> None:
+    loaded = load(tmp_path)
+    run = RunFolder(tmp_path / "runs" / "20260101-000000-abcdef")
+    create_run(loaded, run)
+    tree = yaml.safe_load(run.run_yaml.read_text())
+    # As an older version has written it: without the keys that are new.
+    del tree["data"]["num_proc"], tree["data"]["train"][0]["weight"], tree["data"]["train"][0]["encoding"]
+    del tree["tokenizer"]["train"]["type"]
+    run.run_yaml.write_text(yaml.safe_dump(tree))
+    assert changed_config(run, ["data.num_proc=7"], contradictions)[0].config.data.num_proc == 7
+    with pytest.raises(InputError, match=r"data\.train: cannot be changed on resume"):
+        changed_config(run, ["data.train.0.weight=2.0"], contradictions)
+    assert not any(key.startswith("data.num_proc") for key in semantic_params(tree | {"data": {"num_proc": 3}}))

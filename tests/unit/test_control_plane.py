@@ -19,6 +19,7 @@ training: {max_steps: 10}
 HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
 CONTROL_PLANE = [
     "cli.py", "errors.py", "run_folder.py", "checkpoint", "config", "launchers", "verify_resume", "data/sources.py",
+    "data/readers.py", "data/python_docs.py",
 ]  # fmt: skip
 DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")
 
@@ -76,7 +77,8 @@ def control_plane_files() -> list[Path]:
 
 @pytest.mark.parametrize("path", control_plane_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_control_plane_does_not_import_the_data_plane(path: Path) -> None:
-    allowed = "distlm.data.sources"  # what `validate` checks of local files: standard library only
+    # What `validate` checks of local files: standard library only.
+    allowed = ("distlm.data.sources", "distlm.data.readers", "distlm.data.python_docs")
     crossing = {name for name in imports_of(path) if name.startswith(DATA_PLANE) and not name.startswith(allowed)}
     assert not crossing - {"distlm.data"}
     assert not {name.partition(".")[0] for name in imports_of(path)} & HEAVY
@@ -86,3 +88,11 @@ def test_workers_never_import_mlflow() -> None:
     for folder in ("worker", "tasks", "data"):
         for path in (ROOT / "distlm" / folder).glob("*.py"):
             assert not any(name.startswith("mlflow") for name in imports_of(path)), path
+
+
+def test_processes_that_tokenize_load_little() -> None:
+    code = "import sys, distlm.data.parallel; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(run.stdout.split())
+    assert "tokenizers" in loaded
+    assert not loaded & {"transformers", "torch", "ray", "datasets", "pydantic", "pandas"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from distlm.data.order import permute, samples, uniform
+from distlm.data.order import SampleOrder, permute, samples, uniform
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +146,88 @@ def test_samples_count_on_over_the_epochs() -> None:
 def test_samples_without_shuffle_keep_their_order() -> None:
     epoch, index = samples(8, 4, 10, seed=4, shuffle=False)
     assert (epoch.tolist(), index.tolist()) == ([0, 0, 1, 1], [8, 9, 0, 1])
+
+
+# ---------------------------------------------------------------------------------------------------- several sources
+
+
+def test_without_weights_every_sample_of_every_source_comes_once_per_epoch() -> None:
+    order = SampleOrder([7, 0, 30, 1], None, seed=4)
+    passes, indices = order.samples(0, 3 * 38)
+    assert order.samples_per_epoch == [7, 0, 30, 1]
+    for epoch in range(3):
+        assert sorted(indices[epoch * 38 : (epoch + 1) * 38].tolist()) == list(range(38))
+        assert set(passes[epoch * 38 : (epoch + 1) * 38].tolist()) == {epoch}
+    one = SampleOrder([38], None, seed=4).samples(0, 3 * 38)
+    assert np.array_equal(one[0], passes) and np.array_equal(one[1], indices)
+    assert all(np.array_equal(a, b) for a, b in zip(one, samples(0, 3 * 38, 38, 4), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "per_epoch"),
+    [
+        ([100, 100], [1.0, 3.0], [50, 150]),
+        ([10, 190], [1.0, 1.0], [100, 100]),
+        ([5, 5, 5], [1.0, 1.0, 1.0], [5, 5, 5]),
+        ([10, 10, 10], [1.0, 1.0, 7.0], [4, 3, 23]),  # 3.33, 3.33, 23.33: of equal remainders the first rounds up
+        ([1, 1, 1000], [1e-9, 1e-9, 1.0], [1, 1, 1000]),
+        ([3, 999_999_999_997], [2.0, 1.0], [666_666_666_667, 333_333_333_333]),
+    ],
+)
+def test_an_epoch_is_shared_out_by_weight(sizes: list[int], weights: list[float], per_epoch: list[int]) -> None:
+    order = SampleOrder(sizes, weights, seed=1)
+    assert order.samples_per_epoch == per_epoch
+    assert sum(per_epoch) == sum(sizes)
+
+
+def test_each_source_is_gone_through_evenly_in_an_order_of_its_own() -> None:
+    sizes, weights = [10, 90, 25], [5.0, 3.0, 2.0]
+    order = SampleOrder(sizes, weights, seed=9)
+    epochs = 20
+    passes, indices = order.samples(0, epochs * 125)
+    starts = [0, 10, 100, 125]
+    assert len({*zip(passes.tolist(), indices.tolist(), strict=True)}) == len(indices), "no sample twice in a pass"
+    for number, (start, end) in enumerate(itertools.pairwise(starts)):
+        mine = (indices >= start) & (indices < end)
+        assert mine.reshape(epochs, 125).sum(axis=1).tolist() == [order.samples_per_epoch[number]] * epochs
+        counts = np.bincount(indices[mine] - start, minlength=end - start)
+        assert counts.max() - counts.min() <= 1
+        assert passes[mine].max() == (epochs * order.samples_per_epoch[number] - 1) // (end - start)
+    # Sources are mixed within an epoch, and passes differ in their order.
+    first_half = indices[:62] < 10
+    assert 15 < first_half.sum() < 47
+    small = indices[(indices < 10)]
+    assert len({tuple(small[passes[indices < 10] == number].tolist()) for number in range(50)}) > 40
+
+
+def test_the_weighted_order_is_the_same_from_wherever_it_is_read() -> None:
+    order = SampleOrder([10, 90, 25], [5.0, 3.0, 2.0], seed=9)
+    passes, indices = order.samples(0, 1000)
+    for first, count in ((0, 1), (124, 3), (333, 100), (999, 1)):
+        some_passes, some_indices = order.samples(first, count)
+        assert np.array_equal(some_passes, passes[first : first + count])
+        assert np.array_equal(some_indices, indices[first : first + count])
+    other = SampleOrder([10, 90, 25], [5.0, 3.0, 2.0], seed=10).samples(0, 1000)[1]
+    assert (other == indices).mean() < 0.2
+
+
+def test_a_weighted_trillion_takes_no_longer_than_a_million() -> None:
+    def seconds(scale: int) -> float:
+        order = SampleOrder([scale, 3 * scale], [1.0, 1.0], seed=2)
+        begin = time.perf_counter()
+        _, indices = order.samples(7 * scale + 3, 20_000)
+        assert indices.min() >= 0 and indices.max() < 4 * scale and len(np.unique(indices)) > 19_000
+        return time.perf_counter() - begin
+
+    small, large = (min(seconds(scale) for _ in range(5)) for scale in (10**6, 10**12))
+    assert large < 10 * small
+
+
+def test_a_weight_needs_samples() -> None:
+    with pytest.raises(ValueError, match="a source without samples cannot have a weight"):
+        SampleOrder([10, 0], [1.0, 1.0], seed=0)
+
+
+def test_the_weighted_order_stays_the_same_from_version_to_version() -> None:
+    passes, indices = SampleOrder([10, 90, 25], [5.0, 3.0, 2.0], seed=42).samples(130, 6)
+    assert (passes.tolist(), indices.tolist()) == ([7, 12, 1, 12, 6, 0], [5, 6, 115, 8, 6, 54])

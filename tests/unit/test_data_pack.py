@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from distlm.data import pack
-from distlm.data.pack import BlockLayout, BlockWriter, PackedDataset
+from distlm.data.pack import END_OF_STREAM, BlockLayout, BlockWriter, PackedDataset
 
 CLS, SEP, PAD = 1, 2, 0
 FIRST_WORD = 10
@@ -26,14 +26,18 @@ LAYOUTS = [
 
 
 def write_blocks(path: Path, layout: BlockLayout, documents: list[list[int]]) -> BlockWriter:
-    with BlockWriter(path, layout) as writer:
+    with open(path, "wb") as file:
+        file.write(layout.schema.serialize())
+        writer = BlockWriter(file, layout)
         for ids in documents:
             writer.add(ids)
+        writer.close()
+        file.write(END_OF_STREAM)
     return writer
 
 
 def read_blocks(path: Path) -> np.ndarray:
-    dataset = PackedDataset(path)
+    dataset = PackedDataset([path])
     return dataset[np.arange(len(dataset))]
 
 
@@ -61,7 +65,7 @@ def test_blocks_of_bert(tmp_path: Path) -> None:
         [CLS, 11, 12, 13, SEP, 14, 15, SEP],
         [CLS, 16, 17, 18, SEP, 19, SEP, PAD],
     ]
-    assert (writer.num_blocks, writer.num_tokens, PackedDataset(tmp_path / "a").num_tokens) == (2, 15, 15)
+    assert (writer.num_blocks, writer.num_tokens) == (2, 15)
 
 
 def test_blocks_without_special_tokens(tmp_path: Path) -> None:
@@ -83,17 +87,21 @@ def test_packing_loses_no_token(
             cuts = sorted(generator.choices(range(num_tokens + 1), k=trial * 2))
             documents = [tokens[a:b] for a, b in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
             path = tmp_path / f"{num_tokens}-{trial}"
-            with BlockWriter(path, layout) as writer:
+            with open(path, "wb") as file:
+                file.write(layout.schema.serialize())
+                writer = BlockWriter(file, layout)
                 for ids in documents:
                     cut = generator.randint(0, len(ids))
                     writer.add(ids[:cut], ends_document=False)
                     writer.add(ids[cut:], ends_document=True)
+                writer.close()
+                file.write(END_OF_STREAM)
             blocks = read_blocks(path)
             expected = join(documents, layout.separator)
             assert unpack(blocks, layout) == expected
             assert len(blocks) == writer.num_blocks == -(-len(expected) // layout.body_length)
             num_real = len(expected) + writer.num_blocks * (layout.length - layout.body_length)
-            assert writer.num_tokens == PackedDataset(path).num_tokens == num_real == (blocks != layout.pad).sum()
+            assert writer.num_tokens == num_real == (blocks != layout.pad).sum()
             if layout.first is not None:
                 assert (blocks[:, 0] == layout.first).all()
             if layout.separator is not None:
@@ -118,7 +126,7 @@ def test_batches_but_the_last_are_equal_and_hold_the_smallest_type(
 def test_dataset_gives_any_blocks_in_the_order_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "_BATCH_BYTES", 7 * 16)
     write_blocks(tmp_path / "a", LAYOUTS[0], [list(range(FIRST_WORD, 100)) * 5])
-    dataset = PackedDataset(tmp_path / "a")
+    dataset = PackedDataset([tmp_path / "a"])
     everything = dataset[np.arange(len(dataset))]
     indices = np.array([40, 3, 3, len(dataset) - 1, 0])
     assert dataset[indices].tolist() == everything[indices].tolist()
@@ -133,7 +141,7 @@ def test_dataset_gives_any_blocks_in_the_order_asked(tmp_path: Path, monkeypatch
 def test_dataset_reads_from_the_file_and_not_from_a_copy(tmp_path: Path) -> None:
     write_blocks(tmp_path / "a", LAYOUTS[0], [[11] * 600])
     before = pa.total_allocated_bytes()
-    dataset = PackedDataset(tmp_path / "a")
+    dataset = PackedDataset([tmp_path / "a"])
     assert pa.total_allocated_bytes() - before < 100
     assert not dataset._batches[0].flags.owndata
     assert not dataset._batches[0].flags.writeable
@@ -141,11 +149,11 @@ def test_dataset_reads_from_the_file_and_not_from_a_copy(tmp_path: Path) -> None
 
 def test_no_text_gives_no_block(tmp_path: Path) -> None:
     writer = write_blocks(tmp_path / "a", LAYOUTS[0], [[], []])
-    assert (writer.num_blocks, writer.num_tokens, len(PackedDataset(tmp_path / "a"))) == (0, 0, 0)
+    assert (writer.num_blocks, writer.num_tokens, len(PackedDataset([tmp_path / "a"]))) == (0, 0, 0)
 
 
 def special_ids(**ids: int) -> SimpleNamespace:
-    names = ("cls", "sep", "bos", "eos", "pad")
+    names = ("cls", "sep", "bos", "eos", "pad", "unk")
     return SimpleNamespace(**{f"{name}_token_id": ids.get(name) for name in names})
 
 
@@ -168,3 +176,32 @@ def test_other_tokenizers_special_tokens_stand_in(
     layout = BlockLayout.of(Tokenizer(**vars(special_ids(pad=9, **ids))), 16)
     assert (layout.first, layout.separator, layout.pad, layout.vocab_size) == (first, separator, 9, 100)
     assert layout.body_length == 16 - (first is not None) - (separator is not None)
+
+
+def test_several_files_are_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any size, also where parts of different sizes were joined."""
+    monkeypatch.setattr(pack, "_BATCH_BYTES", 3 * 16)
+    layout = LAYOUTS[0]
+    for name, first in (("a", 20), ("b", 40), ("c", 60)):
+        with open(tmp_path / name, "wb") as file:
+            file.write(layout.schema.serialize())
+            for part in range(3):
+                writer = BlockWriter(file, layout)
+                writer.add([first + part] * (7 * part + 1 if name != "b" else 0))
+                writer.close()
+            file.write(END_OF_STREAM)
+    paths = [tmp_path / name for name in "abc"]
+    dataset = PackedDataset(paths)
+    assert dataset.sizes == [1 + 2 + 3, 0, 1 + 2 + 3]
+    everything = dataset[np.arange(12)]
+    assert everything[:, 1].tolist() == [20, 21, 21, 22, 22, 22, 60, 61, 61, 62, 62, 62]
+    indices = np.array([11, 0, 6, 5, 5, 2])
+    assert dataset[indices].tolist() == everything[indices].tolist()
+    for path in paths:
+        with pa.ipc.open_stream(path.read_bytes()) as stream:
+            assert stream.read_all().num_rows in (0, 6)
+
+
+def test_unknown_tokens_are_counted_and_padding_is_not(tmp_path: Path) -> None:
+    layout = BlockLayout(length=8, first=CLS, separator=SEP, pad=PAD, vocab_size=100, unknown=5)
+    assert write_blocks(tmp_path / "a", layout, [[5, 11, 5], [12] * 9, [5]]).num_unknown_tokens == 3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distlm.data import sources
-from distlm.data.sources import check_source, documents, files_of
+from distlm.data import readers
+from distlm.data.readers import Piece
+from distlm.data.sources import SourceReader, UndecodableCount, check_source, files_of
 from distlm.errors import InputError
 
 
@@ -24,6 +28,8 @@ from distlm.errors import InputError
 class Files:
     paths: list[str]
     text_column: str = "text"
+    encoding: str = "utf-8"
+    encoding_errors: Literal["strict", "replace"] = "replace"
     max_documents: int | None = None
     source: Literal["files"] = "files"
 
@@ -41,15 +47,23 @@ def write(path: Path, content: str | bytes) -> Files:
     return Files([str(path)])
 
 
+def pieces(source: Files | PythonDocs) -> list[Piece]:
+    return list(SourceReader(source, files_of(source)))
+
+
+def documents(source: Files | PythonDocs) -> list[str]:
+    return [piece.text for piece in pieces(source)]
+
+
 def read(source: Files) -> list[str]:
     assert check_source(source) == []
-    return list(documents(source))
+    return documents(source)
 
 
 def problem(source: Files | PythonDocs) -> str:
     """The one problem that reading meets."""
     with pytest.raises(InputError) as caught:
-        list(documents(source))
+        (documents(source))
     assert len(caught.value.problems) == 1
     return str(caught.value)
 
@@ -70,10 +84,18 @@ def test_text_documents_are_paragraphs(tmp_path: Path, suffix: str) -> None:
     assert read(source) == ["= Title =", "One,\r\ntwo.", "Ä last 秦"]
 
 
-def test_endless_paragraph_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_MAX_PARAGRAPH_CHARACTERS", 10)
-    source = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(5)))
-    assert read(source) == ["line 0\nline 1", "line 2\nline 3", "line 4"]
+def test_endless_paragraph_comes_in_pieces_that_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_PIECE_CHARACTERS", 10)
+    source = write(tmp_path / "a.txt", "  line 0\nline 1\nline 2\n\nshort\n\n" + "0123456789" * 3 + "\n")
+    assert [(piece.text, piece.ends_document) for piece in pieces(source)] == [
+        ("line 0\nline 1\n", False),
+        ("line 2", True),
+        ("short", True),
+        ("0123456789", False),
+        ("0123456789", False),
+        ("0123456789", False),
+        ("", True),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json-lines"])
@@ -117,13 +139,13 @@ def test_folders_and_globs_give_each_file_once_in_order(tmp_path: Path, monkeypa
     assert names("data/**/*.txt") == ["a.txt", "b.txt", "c.txt"]
     assert names("data/sub/c.txt", "data/[ab].txt", "data") == ["c.txt", "a.txt", "b.txt", "d.jsonl"]
     write(tmp_path / "data/x[1].txt", "brackets")
-    assert list(documents(Files(["data/x[1].txt"]))) == ["brackets"]
+    assert (documents(Files(["data/x[1].txt"]))) == ["brackets"]
 
 
 def test_max_documents_stops_before_later_files_are_opened(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "1"}\n{"text": "2"}\n{"text": "3"}\n')
     write(tmp_path / "b.jsonl", "not JSON")
-    assert list(documents(Files([str(tmp_path)], max_documents=2))) == ["1", "2"]
+    assert (documents(Files([str(tmp_path)], max_documents=2))) == ["1", "2"]
 
 
 MALFORMED: dict[str, tuple[str | bytes, list[str]]] = {
@@ -137,9 +159,11 @@ MALFORMED: dict[str, tuple[str | bytes, list[str]]] = {
     "number.jsonl:1": ('{"text": 3}\n', ["column 'text' holds a number, not text"]),
     "nested.jsonl:1": ('{"text": {"a": 1}}\n', ["column 'text' holds an object, not text"]),
     "half.jsonl:1": ('{"text": "a \\ud83d b"}\n', ["\\ud83d, half of a surrogate pair"]),
-    "latin.txt:2": (b"abc\ncaf\xe9\n", ["byte 7 (0xe9) is not UTF-8", "iconv -f LATIN1 -t UTF-8"]),
-    "bom.txt:1": (b"\xef\xbb\xbfab\xff\n", ["byte 5 (0xff) is not UTF-8"]),
-    "utf16.csv:1": ("text\na\n".encode("utf-16"), ["byte 0 (0xff) is not UTF-8"]),
+    "utf16.csv:1": ("text\na\n".encode("utf-16"), ["begins as UTF-16 does; set encoding: utf-16"]),
+    "bytes.jsonl:2": (b'{"text": "a"}\n{"te\xffxt": "a"}\n', ["holds bytes that are not UTF-8; set encoding"]),
+    "bytes.csv:1": (b"te\xffxt\na\n", ["holds bytes that are not UTF-8; set encoding"]),
+    "zip.txt": (gzip.compress(b"text"), ["the file is compressed; give it a name that ends in .gz"]),
+    "zip.csv": (lzma.compress(b"text"), ["the file is compressed; give it a name that ends in .xz"]),
     "column.csv:1": ("Text,label\na,b\n", ["the columns are 'Text', 'label'", "did you mean 'Text'?"]),
     "row.csv:3": ("text,label\na,b\nc, d,e\n", ["the row has 3 fields and the header has 2", "stand in quotes"]),
     "open.csv:4": ('text,label\na,b\n"never closed,c\nd,e\n', ["unexpected end of data", "written twice"]),
@@ -188,7 +212,7 @@ def test_names_that_match_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_unreadable_file_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "a.txt")  # a loop: no user can open it
     with pytest.raises(InputError, match=r"a\.txt: cannot be read: "):
-        list(documents(Files([str(tmp_path / "*.txt")])))
+        documents(Files([str(tmp_path / "*.txt")]))
 
 
 # -------------------------------------------------------------------------------------------------------- python-docs
@@ -235,11 +259,11 @@ def test_docstrings_are_of_all_statements_cleaned_unique_and_long_enough(
     write(package / "tests/test_a.py", f'"""test {ten}"""')
     write(tmp_path / "alone.py", f'"""alone \\d {ten}"""')
     monkeypatch.setattr("sysconfig.get_paths", lambda: dict.fromkeys(["stdlib", "purelib", "platlib"], str(tmp_path)))
-    assert list(documents(PythonDocs(["package"]))) == [
+    assert documents(PythonDocs(["package"])) == [
         f"module {ten}\n\nclass {ten}\n\nindented\n\nmethod {ten}\n\ninner {ten}\n\nhandler {ten}"
     ]
     assert sorted(documents(PythonDocs()))[0] == f"alone \\d {ten}"
-    assert len(list(documents(PythonDocs(max_documents=1)))) == 1
+    assert len(documents(PythonDocs(max_documents=1))) == 1
 
 
 def test_the_first_docstrings_are_of_many_packages() -> None:
@@ -261,3 +285,146 @@ def test_names_that_are_no_files_are_problems_and_never_hang(tmp_path: Path) -> 
     pipe, long_name = check_source(source)
     assert pipe.message == "not a regular file"
     assert "too long" in long_name.message
+
+
+# ---------------------------------------------------------------------------------------------- compression, encodings
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_read_as_they_would_uncompressed(tmp_path: Path, suffix: str) -> None:
+    compress = COMPRESS[suffix]
+    texts = [f"document {i} 秦 \U0001f389" for i in range(3000)]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    assert read(write(tmp_path / f"a.jsonl{suffix}", compress(lines))) == texts
+    # Files that were compressed apart and then joined, as `cat` does, are one.
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    assert read(write(tmp_path / f"b.jsonl{suffix.upper()}", compress(lines[:half]) + compress(lines[half:]))) == texts
+    assert read(write(tmp_path / f"c.csv{suffix}", compress(b'id,text\n1,"a\nb"\n'))) == ["a\nb"]
+    assert read(write(tmp_path / f"d.txt{suffix}", compress(b"one\n\ntwo\n"))) == ["one", "two"]
+    assert "holds no records" in problem(write(tmp_path / f"e.txt{suffix}", compress(b"")))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_file_that_is_cut_short_or_none_is_refused(tmp_path: Path, suffix: str) -> None:
+    lines = "".join(json.dumps({"text": os.urandom(30).hex()}) + "\n" for _ in range(2000)).encode()
+    compressed = COMPRESS[suffix](lines)
+    for name, content in (("cut", compressed[: len(compressed) // 2]), ("end", compressed[:-3]), ("plain", lines)):
+        path = tmp_path / f"{name}.jsonl{suffix}"
+        message = problem(write(path, content))
+        assert message.startswith(f"{path}: the compressed file is damaged or cut short ("), message
+    assert [p.location for p in check_source(write(tmp_path / f"plain.txt{suffix}", lines))] == [
+        str(tmp_path / f"plain.txt{suffix}")
+    ]
+
+
+def test_reading_says_how_far_it_is_in_the_file_on_the_disk(tmp_path: Path) -> None:
+    texts = [os.urandom(500).hex() for _ in range(400)]
+    plain = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    packed = write(tmp_path / "b.jsonl.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.table({"text": texts * 10}), tmp_path / "c.parquet")
+    for source in (plain, packed, Files([str(tmp_path / "c.parquet")])):
+        reader = SourceReader(source, files_of(source))
+        seen = [reader.bytes_read for _ in reader]
+        size = Path(source.paths[0]).stat().st_size
+        assert seen == sorted(seen) and 0.2 * size < seen[len(seen) // 2] < 0.8 * size
+        assert reader.bytes_read == reader.expected_bytes(len(seen)) == size
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "gb18030", "big5"])
+def test_other_encodings(tmp_path: Path, encoding: str) -> None:
+    texts = ["秦川雄帝宅", "函谷壯皇居", "ascii \n too", ""]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode(encoding)
+    source = write(tmp_path / "a.jsonl", lines)
+    assert read(replace(source, encoding=encoding)) == texts
+    assert all(not piece.undecodable_at for piece in pieces(replace(source, encoding=encoding)))
+    packed = write(tmp_path / "a.jsonl.gz", gzip.compress(lines))
+    assert read(replace(packed, encoding=encoding)) == texts
+
+
+def test_bytes_outside_the_encoding_are_replaced_and_located(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", b"first\n\nsecond\ncaf\xe9 and \xf0\x9f\x8e\n\nthird\n")
+    assert pieces(source) == [
+        Piece("first"),
+        Piece("second\ncaf\ufffd and \ufffd", True, f"{tmp_path}/a.txt:4"),
+        Piece("third"),
+    ]
+    rows = write(tmp_path / "a.csv", b'id,text\n1,"x\n\xff"\n2,y\n')
+    assert pieces(rows) == [Piece("x\n\ufffd", True, f"{tmp_path}/a.csv:3"), Piece("y")]
+    cut = write(tmp_path / "b.txt", "秦川雄帝宅".encode("gb18030")[:-1])
+    assert pieces(replace(cut, encoding="gb18030"))[0] == Piece("秦川雄帝\ufffd", True, f"{tmp_path}/b.txt:1")
+    values = pa.array([b"fine", b"caf\xe9", None], pa.binary())
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, *values.buffers()[1:], values.buffers()[0])}),
+                   tmp_path / "a.parquet")  # fmt: skip
+    parquet = Files([str(tmp_path / "a.parquet")])
+    assert pieces(parquet) == [Piece("fine"), Piece("caf\ufffd", True, f"{tmp_path}/a.parquet:2"), Piece("")]
+    assert "a.parquet:2: column 'text' holds bytes that are not UTF-8" in problem(
+        replace(parquet, encoding_errors="strict")
+    )
+
+
+def test_strict_refuses_the_first_bytes_outside_the_encoding(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", b"\xef\xbb\xbfabc\ncaf\xe9\n")
+    message = problem(replace(source, encoding_errors="strict"))
+    assert message.startswith(f"{tmp_path}/a.txt:2: byte 0xe9 in column 4 is not UTF-8; set encoding to what")
+    assert "bytes that are not UTF-16" not in problem(replace(source, encoding="utf-16", encoding_errors="strict"))
+    assert "is not UTF-16 (UTF-16 stream does not start with BOM)" in problem(replace(source, encoding="utf-16"))
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "num_good", "is_refused"), [(1, 0, True), (3, 1, False), (11, 1, True), (11, 1090, False)]
+)
+def test_check_tells_damage_from_another_encoding(
+    tmp_path: Path, num_bad: int, num_good: int, is_refused: bool
+) -> None:
+    count = UndecodableCount()
+    for number in range(num_bad + num_good):
+        count.add(Piece("x", True, f"a.txt:{number}" if number < num_bad else ""))
+    assert bool(count.problems("utf-8")) == is_refused
+    if is_refused:
+        (found,) = count.problems("utf-8")
+        assert f"{num_bad} of {num_bad + num_good} documents hold bytes that are not UTF-8" in found.message
+        assert (found.location, "set encoding" in found.message) == ("a.txt:0", True)
+
+
+def test_check_looks_on_where_the_first_record_is_damaged(tmp_path: Path) -> None:
+    assert check_source(write(tmp_path / "a.txt", b"caf\xe9\n\ngood\n")) == []
+    (found,) = check_source(write(tmp_path / "b.txt", b"caf\xe9\n\n" * 30))
+    assert found.message.startswith("11 of 11 documents hold bytes that are not UTF-8")
+    assert check_source(replace(write(tmp_path / "c.txt", b"caf\xe9\n"), encoding="latin-1")) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    path: str
+    data_files: list[str] | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    streaming: bool = True
+    max_documents: int | None = None
+    max_gib: float = 1.0
+    source: Literal["datasets"] = "datasets"
+
+
+def test_what_of_a_data_set_is_on_this_machine_is_checked(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "x")
+    assert check_source(HubDataset("wikimedia/wikipedia")) == []
+    assert check_source(HubDataset("json", [f"{tmp_path}/*.jsonl", "https://example.org/a.jsonl"])) == []
+    for source, message in (
+        (HubDataset("json"), "needs data_files"),
+        (HubDataset("./gone"), "no such folder"),
+        (HubDataset("json", [f"{tmp_path}/*.csv"]), "no file matches"),
+    ):
+        (found,) = check_source(source)
+        assert message in found.message and found.value

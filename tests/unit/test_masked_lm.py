@@ -29,7 +29,7 @@ def masked_lm(
 ) -> MaskedLM:
     config = MaskedLMTask(mlm_probability=mlm_probability, eval_mlm_probability=eval_mlm_probability)
     prepared = Prepared(
-        train_path="train.arrow",
+        train_paths=["train-00000.arrow"],
         validation_path=None,
         num_train_samples=NUM_SAMPLES,
         num_validation_samples=0,
@@ -42,6 +42,7 @@ def masked_lm(
         forward_flops_per_sample=1.0,
         masked_only_head=False,
         data_info={},
+        train_mixture=[],
         data_was_cached=True,
     )
     return MaskedLM(config, seed, prepared, word_parts)

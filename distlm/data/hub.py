@@ -1,0 +1,230 @@
+"""Data sets that the library `datasets` loads, copied into the cache: their text, up to a limit, as Parquet.
+
+    CACHE/dataset-FINGERPRINT/        part-00000.parquet, ..., dataset.json
+
+Copying goes on where it stopped: each part that is on the disk comes with the position in the data set after it. No
+code of a data set is executed: `datasets` has no loading scripts since version 4.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distlm.data.cache import fingerprint, make_folder
+from distlm.data.corpus import CorpusSource
+from distlm.data.notes import PreparationProgress, Report
+from distlm.data.readers import describe_missing_column, describe_no_text
+from distlm.data.sources import BUILDERS, DatasetsSource, check_source, source_name
+from distlm.errors import InfrastructureError, InputError, Problem
+from distlm.run_folder import read_json, write_json
+
+_FORMAT_VERSION = 1
+_PART_BYTES = 64 * 2**20
+_STATE = "state.json"
+_INFO = "dataset.json"
+_COMMIT_CHARACTERS = 12
+
+
+@dataclass(frozen=True)
+class _ParquetFiles:
+    """The copy, as a source of files."""
+
+    paths: list[str]
+    source: Literal["files"] = "files"
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    encoding_errors: Literal["strict", "replace"] = "replace"
+    max_documents: int | None = None
+
+
+def copy_dataset(key: str, source: DatasetsSource, cache: Path, report: Report, revision: str | None) -> CorpusSource:
+    """The source, copied into the cache unless it is there.
+
+    `revision` is the commit that a run has begun with, which it keeps; None: what the config says. Raises InputError
+    with the config's key for what does not exist or holds no text, InfrastructureError where the network fails.
+    """
+    if problems := check_source(source):
+        raise InputError(*(Problem(problem.message, f"{key}.path", problem.value) for problem in problems))
+    commit = revision or _commit(source)
+    settings = fingerprint(_FORMAT_VERSION, _what_is_read(source))
+    folder = cache / f"dataset-{settings}-{commit[:_COMMIT_CHARACTERS] if commit else 'local'}"
+    if commit is None and not _is_local(source) and (copies := _copies(cache, settings)):
+        folder = copies[-1]  # the Hub does not answer, and here is what it gave before
+    make_folder(folder, lambda partial: _Copy(key, source, commit, cache, report).write(partial))
+    info = read_json(folder / _INFO)
+    files = [str(path) for path in sorted(folder.glob("part-*.parquet"))]
+    facts = {"commit": info["commit"], "reached_limit": info["reached_limit"]}
+    return CorpusSource(key, source, _ParquetFiles(files), [settings, folder.name], **facts)
+
+
+def _what_is_read(source: DatasetsSource) -> list[Any]:
+    """Everything that the copy depends on, but for the commit."""
+    settings = [source.path, source.name, source.split, source.revision, source.data_files, source.text_column]
+    limits = [source.max_documents, source.max_gib]
+    states = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in _local_files(source)]
+    return [*settings, *limits, states]
+
+
+def _is_local(source: DatasetsSource) -> bool:
+    return source.path in BUILDERS or os.path.isdir(source.path)
+
+
+def _local_files(source: DatasetsSource) -> list[Path]:
+    if os.path.isdir(source.path):
+        return sorted(file for file in Path(source.path).rglob("*") if file.is_file())
+    names = source.data_files or [] if source.path in BUILDERS else []
+    return [Path(match) for name in names for match in sorted(glob.glob(name, recursive=True))]
+
+
+def _copies(cache: Path, settings: str) -> list[Path]:
+    """Whole ones of these settings, oldest first."""
+    found = [
+        path for path in cache.glob(f"dataset-{settings}-*") if (path / _INFO).exists() and path.suffix != ".partial"
+    ]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _commit(source: DatasetsSource) -> str | None:
+    """What the revision stands for on the Hub now; None: not known."""
+    if _is_local(source):
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        commit: str | None = HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
+    except Exception:  # noqa: BLE001 - what is wrong, loading will say
+        return None
+    return commit
+
+
+class _Copy:
+    """The making of one copy."""
+
+    def __init__(self, key: str, source: DatasetsSource, commit: str | None, cache: Path, report: Report) -> None:
+        self._key, self._source, self._commit, self._cache, self._report = key, source, commit, cache, report
+        self._max_bytes = int(source.max_gib * 2**30)
+
+    def write(self, folder: Path) -> None:
+        state = read_json(folder / _STATE) or {"num_parts": 0, "num_documents": 0, "num_bytes": 0, "position": None}
+        dataset = self._load()
+        if state["position"] is not None:
+            dataset.load_state_dict(state["position"])
+        reached = ""
+        texts: list[str] = []
+        part_bytes = 0
+        for text in self._texts(dataset):
+            size = len(text.encode("utf-8", "surrogatepass"))
+            if reached := self._limit(state, size):
+                break
+            texts.append(text)
+            part_bytes += size
+            state["num_documents"] += 1
+            state["num_bytes"] += size
+            if part_bytes >= _PART_BYTES:
+                state["position"] = dataset.state_dict()
+                self._write_part(folder, state, texts)
+                texts, part_bytes = [], 0
+        if texts or not state["num_parts"]:
+            self._write_part(folder, state, texts)
+        if not state["num_documents"]:
+            raise InputError(Problem("the split is empty", f"{self._key}.split", self._source.split))
+        write_json(folder / _INFO, {"commit": self._commit, "reached_limit": reached})
+        (folder / _STATE).unlink()
+
+    def _limit(self, state: dict[str, Any], size: int) -> str:
+        """The setting that ends the copy before a further document; empty: there is room."""
+        if state["num_documents"] == self._source.max_documents:
+            return f"max_documents = {self._source.max_documents:,}"
+        return f"max_gib = {self._source.max_gib:g}" if state["num_bytes"] + size > self._max_bytes else ""
+
+    def _write_part(self, folder: Path, state: dict[str, Any], texts: list[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = folder / f"part-{state['num_parts']:05d}.parquet"
+        with open(path, "wb") as file:
+            pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        state["num_parts"] += 1
+        write_json(folder / _STATE, state)
+        self._report(
+            PreparationProgress(
+                f"copying {source_name(self._source)}", state["num_bytes"], 0, num_documents=state["num_documents"]
+            )
+        )
+
+    # --- the library -------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Any:
+        """The split as an iterable data set."""
+        source = self._source
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            message = "the library datasets is not installed here; run: pip install 'distlm[train]'"
+            raise InputError(Problem(message, self._key, source.path)) from None
+
+        def load() -> Any:
+            dataset = datasets.load_dataset(
+                source.path,
+                source.name,
+                data_files=source.data_files,
+                split=source.split,
+                revision=self._commit or source.revision,
+                streaming=source.streaming,
+                # Never in the home folder.
+                cache_dir=str(self._cache / "libraries" / "datasets"),
+            )
+            return dataset if source.streaming else dataset.to_iterable_dataset()
+
+        return self._explained(load)
+
+    def _texts(self, dataset: Any) -> Iterator[str]:
+        text_column = self._source.text_column
+        rows = iter(dataset)
+        while (row := self._explained(lambda: next(rows, None), is_loaded=True)) is not None:
+            if text_column not in row:
+                raise InputError(
+                    Problem(describe_missing_column(text_column, row), f"{self._key}.text_column", text_column)
+                )
+            text = row[text_column]
+            if text is not None and not isinstance(text, str):
+                message = describe_no_text(text_column, f"a {type(text).__name__}")
+                raise InputError(Problem(message, f"{self._key}.text_column", text_column))
+            yield text or ""
+
+    def _explained(self, call: Callable[[], Any], is_loaded: bool = False) -> Any:
+        """What the call gives. What the library raises comes out with the config's key and the reason in one line."""
+        try:
+            return call()
+        except Exception as error:
+            reason = (
+                " ".join(str(error).split())[:_MAX_REASON_CHARACTERS]
+                or _REASONS.get(type(error))
+                or type(error).__name__
+            )
+            names = {kind.__name__ for kind in type(error).__mro__}
+            if is_loaded and names & _NETWORK_ERRORS:
+                message = f"{self._source.path}: {reason}; copying goes on where it stopped when the run is resumed"
+                raise InfrastructureError(message) from error
+            raise InputError(self._problem(reason)) from error
+
+    def _problem(self, reason: str) -> Problem:
+        source = self._source
+        if "BuilderConfig" in reason or "onfig name" in reason:
+            return Problem(reason, f"{self._key}.name", source.name or "")
+        if "split" in reason.lower():
+            return Problem(reason, f"{self._key}.split", source.split)
+        return Problem(reason, f"{self._key}.path", source.path)
+
+
+_MAX_REASON_CHARACTERS = 500
+_REASONS: dict[type[Exception], str] = {StopIteration: "there are no data files"}
+_NETWORK_ERRORS = {"ConnectionError", "OfflineModeIsEnabled", "Timeout", "TransportError", "HfHubHTTPError"}
+"""Names of classes in requests, httpx, huggingface_hub and the standard library."""

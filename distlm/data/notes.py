@@ -1,0 +1,56 @@
+"""What the preparation of the data tells: how far it is, and what it has found that its owner should know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distlm.data.readers import MAX_PIECE_CHARACTERS
+
+_MAX_UNKNOWN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class PreparationProgress:
+    """How far the preparation of the data is."""
+
+    stage: str
+    """What is being done, for people."""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    """0: not known."""
+    num_documents: int = 0
+    num_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Report = Callable[[PreparationProgress], None]
+
+
+def notes(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """A line for each source of `DataInfo.sources` with something to tell, and a warning for each whose text the
+    tokenizer does not know well."""
+    for source in (source for split in sources.values() for source in split):
+        if found := list(_findings(source)):
+            yield f"data: {source['name']}: {', '.join(found)}"
+        unknown, tokens = source["num_unknown_tokens"], source["num_tokens"]
+        if unknown > _MAX_UNKNOWN_SHARE * tokens:
+            yield (
+                f"warning: data: {source['name']}: {unknown / tokens:.1%} of the tokens are unknown to the tokenizer; "
+                "use one with a larger vocabulary, or of type bpe, which knows all text"
+            )
+
+
+def _findings(source: Mapping[str, Any]) -> Iterator[str]:
+    if number := source["num_empty_documents"]:
+        yield f"{number:,} empty document{'s' * (number > 1)}"
+    if number := source["num_huge_documents"]:
+        yield f"{number:,} longer than {MAX_PIECE_CHARACTERS:,} characters (cut into slices, all trained)"
+    if number := source["num_undecodable_documents"]:
+        encoding = source.get("encoding", "utf-8")
+        yield f"{number:,} with bytes that are not {encoding} (first: {source['first_undecodable']})"
+    if limit := source.get("reached_limit"):
+        yield f"read up to {limit}; there is more"
