@@ -28,6 +28,11 @@ test: lint
 bench: setup
 	$(BIN)/python benchmarks/control_plane.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/data_order.py
+	$(BIN)/python benchmarks/tokenization.py $(TEXT)
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/throughput.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def success(place: Place) -> Command:
     """The first run, to its end."""
-    command = place.start("submit", "run.yaml")
+    command = place.start("submit", "run.yaml", "profile.steps=12-13")
     assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
     return command
 
@@ -106,6 +106,20 @@ class TestSuccess:
         assert all(seconds >= 0 for seconds in phases.values())
         metrics = place.mlflow_run(success.run).data.metrics
         assert metrics["time/startup_s"] == pytest.approx(sum(phases.values()), abs=0.01)
+
+    def test_the_map_of_a_step(self, place: Place, success: Command) -> None:
+        folder = success.run.attempts()[-1].profile
+        names = {"step_map.md", "rank-00000.trace.json", "rank-00001.trace.json"}
+        assert {file.name for file in folder.iterdir()} == names
+        text = (folder / "step_map.md").read_text()
+        assert text.strip() in success.out
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        mean_ms = {row[0].removeprefix("| "): float(row[1]) for row in rows[1:]}
+        assert mean_ms.pop("all") == pytest.approx(sum(mean_ms.values()), abs=0.5)
+        assert min(mean_ms[phase] for phase in ("forward", "head", "backward", "reduction", "optimizer")) > 0
+        run_id = place.mlflow_run(success.run).info.run_id
+        sent = place.client.list_artifacts(run_id, "attempts/001/profile")
+        assert {Path(file.path).name for file in sent} == names
 
     def test_the_loss_falls(self, place: Place, success: Command) -> None:
         run_id = place.mlflow_run(success.run).info.run_id
