@@ -29,7 +29,7 @@ bench: setup
 	$(BIN)/python benchmarks/control_plane.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/data_order.py
-	$(BIN)/python benchmarks/tokenization.py $(TEXT)
+	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/throughput.py
