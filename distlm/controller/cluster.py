@@ -98,6 +98,8 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # Ray's default of 15 lets every other process here starve the workers; those of torchrun have 0.
+            "RAY_worker_niceness": "0",
             # Nobody drains the one node of a Ray that ends with this run; watching for it is a process of its own.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
