@@ -53,8 +53,8 @@ class MaskedLMTask(Section):
     eval_mlm_probability: Probability = 0.15
     """Share of tokens to predict in evaluation; 0.15 as in BERT, so that results compare across training settings."""
     whole_word_masking: bool = False
-    """Hide whole words instead of single tokens. A word ends at blanks and punctuation; each Chinese or Japanese
-    character is a word."""
+    """Hide whole words instead of single tokens; evaluation hides single ones always. A word ends at blanks and
+    punctuation; each Chinese or Japanese character is a word."""
     masked_only_head: bool = True
     """Compute the prediction head, the most expensive part of small models, only where a token was hidden. Loss and
     gradients are the same; false: for every token, as transformers does."""

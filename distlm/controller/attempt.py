@@ -185,6 +185,7 @@ class AttemptController:
         while not self._helper.is_done(_POLL_INTERVAL_S):
             self._stop_if_asked()
             while_waiting()
+        self._stop_if_asked()
         return self._helper.result()
 
     def _stop_if_asked(self) -> None:
@@ -341,7 +342,7 @@ class AttemptController:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
-        for file in sorted(self.folder.profile.glob("*")):
+        for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
             recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
         problem = ""
         timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6

@@ -134,12 +134,21 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
 
 
 def _stop_ray(others: list[psutil.Process]) -> None:
-    """End Ray and all that it has started: every child of the controller but `others`, which were there before."""
+    """End Ray and all that it has started: every child of the controller but `others`, which were there before, and
+    what those have started."""
     import ray
 
-    processes = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    kept = {*others, *(child for process in others if process.is_running() for child in _children(process))}
+    processes = [process for process in _children(psutil.Process()) if process not in kept]
     ray.shutdown()
     end_processes(processes)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _count_gpus_with_torch() -> int:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -44,7 +47,10 @@ class LocalHelper:
         theirs.close()
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._pipe.send((function, arguments))
+        try:
+            self._pipe.send((function, arguments))
+        except OSError:
+            raise self._died() from None
 
     def is_done(self, timeout_s: float) -> bool:
         return self._pipe.poll(timeout_s)
@@ -52,16 +58,20 @@ class LocalHelper:
     def result(self) -> Any:
         try:
             succeeded, value = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            raise InfrastructureError(
-                f"the process that prepares and exports died without an error of its own (exit code {code}; killed or "
-                "out of memory?)"
-            ) from None
+        except (EOFError, OSError):
+            raise self._died() from None
         if not succeeded:
-            raise value
+            error, text = value
+            raise error from RemoteTraceback(text)
         return value
+
+    def _died(self) -> InfrastructureError:
+        self._process.join()
+        code = self._process.exitcode
+        return InfrastructureError(
+            f"the process that prepares and exports died without an error of its own (exit code {code}; killed or "
+            "out of memory?)"
+        )
 
     def close(self) -> None:
         self._process.kill()
@@ -93,7 +103,13 @@ class ClusterHelper:
         return
 
 
+class RemoteTraceback(Exception):
+    """The traceback in the process where an error was raised; its cause."""
+
+
 def _serve(pipe: Connection) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole session; the controller decides what ends
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         function, arguments = pipe.recv()
@@ -101,8 +117,17 @@ def _serve(pipe: Connection) -> None:
             answer = (True, function(*arguments))
         except BaseException as error:  # noqa: BLE001 - the controller tells the user, whatever it is
             traceback.print_exc()
-            answer = (False, error)
+            answer = (False, (_portable(error), traceback.format_exc()))
         pipe.send(answer)
+
+
+def _portable(error: BaseException) -> Exception:
+    """The error, or its text where it cannot be sent or would end the controller instead of the attempt."""
+    if isinstance(error, Exception):
+        with suppress(Exception):
+            pickle.loads(pickle.dumps(error))  # noqa: S301 - what this process has just written
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:

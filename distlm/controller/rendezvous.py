@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
+from contextlib import suppress
+from pathlib import Path
 
 from ray.train.backend import Backend, BackendConfig
 
@@ -30,9 +33,14 @@ def _free_address() -> tuple[str, int]:
     import ray
 
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
-        listener.bind(("", 0))
-        return address, listener.getsockname()[1]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # The port is taken seconds later, when torch is imported; the system gives its ephemeral ports away until then.
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in [*random.SystemRandom().sample(range(10_000, max(first_ephemeral, 11_000)), 20), 0]:
+        with socket.socket(family) as listener, suppress(OSError):
+            listener.bind(("", port))
+            return address, listener.getsockname()[1]
+    raise OSError("no port is free")
 
 
 def _set_address(address: str, port: int) -> None:

@@ -33,7 +33,7 @@ _CHOOSE, _TREAT, _REPLACE = 1, 2, 3
 
 
 class MaskedLM:
-    """See `distlm.tasks.Task`. `word_parts` are given where whole words are masked."""
+    """See `distlm.tasks.Task`. `word_parts` are given where whole words are masked in training."""
 
     def __init__(
         self, config: MaskedLMTask, seed: int, prepared: Prepared, word_parts: WordParts | None = None
@@ -68,7 +68,7 @@ class MaskedLM:
 
         is_special = np.isin(input_ids, self._special_token_ids)
         choice = draw(_CHOOSE)
-        if self._word_parts is not None:
+        if training and self._word_parts is not None:
             choice = np.take_along_axis(choice, _word_starts(self._word_parts.continues(input_ids), is_special), axis=1)
         chosen = (choice < probability) & ~is_special
         labels = np.where(chosen, input_ids, IGNORED)

@@ -44,7 +44,10 @@ class WordParts:
 
 
 def word_parts(tokenizer: Path) -> WordParts:
-    """The parts of words in the vocabulary of the fast tokenizer saved in a folder."""
+    """The parts of words in the vocabulary of the fast tokenizer saved in a folder.
+
+    Raises ValueError for a kind of tokenizer whose tokens do not tell where words begin.
+    """
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = _vocabulary(content["model"])
     size = 1 + max([*vocabulary.values(), *(token["id"] for token in content["added_tokens"])])
@@ -67,24 +70,33 @@ def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
 def _reader(content: dict[str, Any]) -> Any:
     """The function from a token to (begins inside a word, ends inside a word) for this kind of tokenizer."""
     model = content["model"]
-    if model["type"] == "WordPiece":
-        prefix = model["continuing_subword_prefix"]
+    if prefix := model.get("continuing_subword_prefix"):
         return lambda token: _word_piece(token, prefix)
+    if suffix := model.get("end_of_word_suffix"):
+        return lambda token: _suffixed_piece(token, suffix)
     rules = json.dumps([content[part] for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     if "ByteLevel" in rules:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        return lambda token: _bytes_piece(bytes(byte_of[character] for character in token))
+        return lambda token: _bytes_piece(bytes(byte_of.get(character, 0) for character in token))
     if _METASPACE in rules:
         return _metaspace_piece
-    return lambda token: (False, False)  # one token for each word
+    if model["type"] == "WordLevel":
+        return lambda token: (False, False)
+    raise ValueError(f"the tokens of this {model['type']} tokenizer do not tell where words begin")
 
 
 def _word_piece(token: str, prefix: str) -> tuple[bool, bool]:
     """What follows a continuation's prefix goes on with the word, whatever the token before; no other token does."""
     text = token.removeprefix(prefix)
     return token.startswith(prefix) and bool(text) and not _stands_alone(text[0]), True
+
+
+def _suffixed_piece(token: str, suffix: str) -> tuple[bool, bool]:
+    """What has the suffix ends its word; a token after one that has not goes on with it."""
+    text = token.removesuffix(suffix)
+    return text != "" and not _stands_alone(text[0]), text == token
 
 
 def _metaspace_piece(token: str) -> tuple[bool, bool]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from distlm.errors import InputError, Problem
+from distlm.errors import InfrastructureError, InputError, Problem
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,6 +128,10 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
 
     Needs RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. Call it before a model is
     loaded: from then on, at stage 3, `from_pretrained` partitions the model while it reads the file.
+
+    Raises:
+        InputError: the settings do not fit together.
+        InfrastructureError: the ranks cannot reach each other.
     """
     config = deepspeed_config(settings)
     _prepare_deepspeed_import(settings)
@@ -136,12 +140,15 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
     # On a CPU machine, Accelerate without a named backend believes it is alone, and with cpu=True it drops DeepSpeed.
     backend = InitProcessGroupKwargs(backend="nccl" if settings.device == "cuda" else "gloo")
     plugin = DeepSpeedPlugin(hf_ds_config=config)
-    return Accelerator(
-        deepspeed_plugin=plugin,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision="no",
-        kwargs_handlers=[backend],
-    )
+    try:
+        return Accelerator(
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision="no",
+            kwargs_handlers=[backend],
+        )
+    except torch.distributed.DistNetworkError as error:
+        raise InfrastructureError(f"the workers cannot meet at rank 0: {error}") from error
 
 
 def _prepare_deepspeed_import(settings: EngineSettings) -> None:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
-from distlm.run_folder import RunFolder, read_json, write_json
+from distlm.run_folder import RunFolder, read_json, whole_folder, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
@@ -91,6 +92,8 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     data = prepare_data(config.data, tokenizer_config, run.cache, report, _commits(before))
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
+    if config.task.whole_word_masking:
+        _check_words(data.tokenizer_path)
     if before is not None:
         _check_same_data(DataInfo.from_json(before["data_info"]), data.info)
 
@@ -98,7 +101,8 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     if not (run.init / "model").exists():
         save_initial_model(config, model_config, run.init / "model")
     if not (run.init / "tokenizer").exists():
-        shutil.copytree(data.tokenizer_path, run.init / "tokenizer")
+        with whole_folder(run.init / "tokenizer") as folder:
+            shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True)
 
     flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks
@@ -123,6 +127,15 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
     return prepared
+
+
+def _check_words(tokenizer: Path) -> None:
+    from distlm.tasks.words import word_parts
+
+    try:
+        word_parts(tokenizer)
+    except ValueError as error:
+        raise InputError(Problem(f"{error}; set it to false", "task.whole_word_masking", "true")) from error
 
 
 def forward_flops(config: RunConfig, model_config: Any) -> tuple[float, bool]:

@@ -57,6 +57,7 @@ class StepProfiler:
         self._profile: profile | None = None
         self._open_head: record_function | None = None
         self._undo: list[Callable[[], None]] = []
+        self._in_step = False
         self._num_steps = 0
 
     @property
@@ -71,24 +72,29 @@ class StepProfiler:
             return
         if self._profile is None:
             self._begin()
+        self._in_step = True
         with self._marked("step"):
             yield
+        self._in_step = False
         self._num_steps += 1
         if step == self._steps[-1]:
             self._end()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self._marked(name) if self._undo else nullcontext()
+        return self._marked(name) if self._in_step else nullcontext()
 
     @contextmanager
     def _marked(self, name: str) -> Iterator[None]:
         with record_function(_MARK + name):
             yield
+            self._wait_for_device()
             if self._open_head:
                 self._open_head.__exit__(None, None, None)
                 self._open_head = None
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _begin(self) -> None:
         gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
@@ -103,15 +109,16 @@ class StepProfiler:
         method = getattr(self._engine, name)
 
         def measured(*arguments: Any, **keywords: Any) -> Any:
-            with self._marked(mark):
+            with self.phase(mark):
                 return method(*arguments, **keywords)
 
         setattr(self._engine, name, measured)
         return lambda: delattr(self._engine, name)
 
     def _head_begins(self, *_: Any) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if not self._in_step:  # evaluation between two profiled steps
+            return
+        self._wait_for_device()
         self._open_head = record_function(_MARK + "head")
         self._open_head.__enter__()
 

@@ -18,6 +18,7 @@ def learning_rate_schedule(config: RunConfig, total_steps: int) -> Callable[[int
     Raises InputError for arguments that the schedule does not take.
     """
     training = config.training
+    _check_decay(config, total_steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     try:
         scheduler = get_scheduler(
@@ -38,3 +39,14 @@ def learning_rate_schedule(config: RunConfig, total_steps: int) -> Callable[[int
             )
         ) from None
     return lambda step: training.learning_rate * float(factor(step - 1))
+
+
+def _check_decay(config: RunConfig, total_steps: int) -> None:
+    """transformers takes a decay that does not fit behind the warm-up, and jumps into the middle of it."""
+    kwargs, warmup = config.training.lr_scheduler_kwargs, warmup_steps(config, total_steps)
+    num_decay_steps = kwargs.get("num_decay_steps", 0)
+    if config.training.lr_scheduler_type == "warmup_stable_decay" and warmup + num_decay_steps > total_steps:
+        message = (
+            f"{num_decay_steps:g} and the {warmup} steps of warm-up are more than the {total_steps} steps of the run"
+        )
+        raise InputError(Problem(message, "training.lr_scheduler_kwargs.num_decay_steps", f"{num_decay_steps:g}"))

@@ -95,13 +95,13 @@ def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
     for step in range(worker.first_step, last_step + 1):
         with worker.profiler.step(step):
             worker.train_step(step)
-        if worker.profiler.is_done:
-            worker.write_step_map()
         if is_due(step, config.logging_steps, last_step) or step == 1:
             worker.log(step)
         if step == worker.first_step:
             worker.context.phase_ended("first_step", step)
         with worker.timer.paused():
+            if worker.profiler.is_done:
+                worker.write_step_map()
             if is_due(step, config.eval_steps, last_step):
                 worker.evaluate(step)
             if is_due(step, config.save_steps, last_step):
@@ -176,8 +176,8 @@ class Worker:
         self.order = sample_order(config, self.train_data.sizes)
         self.validation_data = PackedDataset([Path(prepared.validation_path)]) if prepared.validation_path else None
         self.batches = Prefetcher(self._make_batches, prepared.total_steps)
-        steps_to_profile = profiled_steps(config) if context.profile_folder else range(0)
-        self.profiler = StepProfiler(steps_to_profile, self.engine, self.task.head(model), self.device)
+        self.steps_to_profile = self._steps_to_profile()
+        self.profiler = StepProfiler(self.steps_to_profile, self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(
@@ -366,6 +366,17 @@ class Worker:
             "epoch": step * self.plan.global_batch / self.prepared.num_train_samples,
         }
 
+    def _steps_to_profile(self) -> range:
+        """Those of `profile.steps` that this attempt trains."""
+        asked = profiled_steps(self.config) if self.context.profile_folder else range(0)
+        if not asked:
+            return asked
+        steps = range(max(asked[0], self.first_step), min(asked[-1], self.prepared.total_steps) + 1)
+        if steps != asked and self.rank == 0:
+            trains = f"this attempt trains steps {self.first_step} to {self.prepared.total_steps}"
+            self.context.warn(f"of profile.steps = {self.config.profile.steps}, {len(steps)} are profiled: {trains}")
+        return steps
+
     def write_step_map(self) -> None:
         """Write this worker's trace, and on rank 0 the map of all workers. Collective."""
         assert self.context.profile_folder is not None
@@ -374,7 +385,7 @@ class Worker:
         dist.all_gather_object(maps, mine)
         if self.rank == 0:
             flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * self.plan.global_batch
-            text = describe(maps, profiled_steps(self.config), flops / self.world_size, self.peak_flops)
+            text = describe(maps, self.steps_to_profile, flops / self.world_size, self.peak_flops)
             (self.context.profile_folder / "step_map.md").write_text(text, encoding="utf-8")
             self.context.show(text)
 

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import psutil
@@ -38,6 +40,65 @@ def test_what_it_raises_is_raised_and_it_lives_on() -> None:
         assert raised.value.problems == (Problem("no such file", "data.train"),)
         helper.begin(abs, -1)
         assert helper.result() == 1
+
+
+class Odd(Exception):
+    """Pickles, but cannot be made again from its text."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def raise_odd() -> None:
+    raise Odd("nothing", "particular")
+
+
+def raise_what_cannot_be_sent() -> None:
+    error = ValueError("it holds a lock")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
+def raise_exit() -> None:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (raise_odd, "Odd: nothing in particular"),
+        (raise_what_cannot_be_sent, "ValueError: it holds a lock"),
+        (raise_exit, "SystemExit: 0"),
+    ],
+)
+def test_errors_that_cannot_be_sent_or_would_end_the_controller_come_as_text(
+    function: Callable[[], None], text: str
+) -> None:
+    with closing(LocalHelper()) as helper:
+        helper.begin(function)
+        with pytest.raises(RuntimeError, match=text) as raised:
+            helper.result()
+        assert f"in {function.__name__}" in str(raised.value.__cause__)
+
+
+def test_signals_to_the_whole_session_are_left_to_the_controller() -> None:
+    with closing(LocalHelper()) as helper:
+        helper.begin(os.getpid)
+        pid = helper.result()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        helper.begin(os.getpid)
+        assert helper.result() == pid
+
+
+def test_a_helper_that_died_while_it_had_nothing_to_do_is_told() -> None:
+    with closing(LocalHelper()) as helper:
+        helper.begin(os.getpid)
+        os.kill(helper.result(), signal.SIGKILL)
+        helper._process.join()
+        with pytest.raises(InfrastructureError, match=r"exit code -9"):
+            helper.begin(os.getpid)
+            helper.result()
 
 
 def test_its_death_is_told() -> None:

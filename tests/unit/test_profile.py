@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from distlm.worker.profile import PHASES, describe, step_map
+import pytest
+import torch
+
+from distlm.worker.profile import PHASES, StepProfiler, describe, step_map
 
 SPANS = {
     "step": [(0.0, 1.0), (2.0, 3.0)],
@@ -44,3 +48,45 @@ def test_the_text_names_the_slowest_worker_and_its_share_of_the_peak() -> None:
     assert "1.5000 s per step on the slowest worker, rank 1" in text
     assert "50.0% of 4 TFLOP/s" in text
     assert "| other | 300.0 | 24.0% | 50.0 | 550.0 |" in text
+
+
+class Engine(torch.nn.Module):
+    """Stands in for DeepSpeed's: what the profiler measures of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(256, 256), torch.nn.Linear(256, 4096)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.body(inputs))
+        return result
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.zero_grad()
+
+
+def test_evaluation_between_two_profiled_steps_is_in_no_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    engine: Any = Engine()
+    profiler = StepProfiler(range(2, 4), engine, engine.head, torch.device("cpu"))
+    inputs = torch.randn(512, 256)
+    for step in range(1, 6):
+        with profiler.step(step):
+            with profiler.phase("data"):
+                pass
+            with profiler.phase("forward"):
+                loss = engine(inputs).sum()
+            engine.backward(loss)
+            engine.step()
+        if profiler.is_done:
+            result = profiler.result(tmp_path / "trace.json")
+            assert step == 3 and (tmp_path / "trace.json").stat().st_size > 1000
+        for _ in range(20):
+            engine(inputs)  # an evaluation, ten times as long as a step
+    assert min(result.phases_s[phase] for phase in ("data", "forward", "head", "backward", "optimizer")) > 0
+    assert result.phases_s["head"] > result.phases_s["forward"], "it multiplies by a matrix 16 times as large"
+    assert sum(result.phases_s.values()) == pytest.approx(result.step_s)
+    assert "backward" not in vars(engine) and not profiler.is_done

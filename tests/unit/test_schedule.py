@@ -41,6 +41,14 @@ def test_polynomial_ends_at_lr_end() -> None:
     assert rate(101) == pytest.approx(0.02)
 
 
+def test_a_decay_that_does_not_fit_is_refused() -> None:
+    short = config(
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=10, lr_scheduler_kwargs={"num_decay_steps": 91}
+    )
+    with pytest.raises(InputError, match="91 and the 10 steps of warm-up are more than the 100 steps"):
+        learning_rate_schedule(short, 100)
+
+
 def test_a_missing_argument_is_named() -> None:
     with pytest.raises(InputError, match="num_decay_steps"):
         learning_rate_schedule(config(lr_scheduler_type="warmup_stable_decay"), 100)

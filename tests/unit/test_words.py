@@ -87,6 +87,25 @@ def test_tokens_are_grouped_into_words(tmp_path: Path, kind: object) -> None:
     assert len(tokenizer.encode(TEXT).ids) > len(words) + 10
 
 
+def suffixed() -> Tokenizer:
+    letters = sorted({*"unhaply x2("})
+    pieces = [*SPECIAL, *letters, *(f"{letter}</w>" for letter in letters)]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def test_tokens_with_a_suffix_at_the_end_of_a_word(tmp_path: Path) -> None:
+    assert words_of(suffixed(), tmp_path, "unhappy (x2 a") == ["unhappy", "(", "x2", "a"]
+
+
+def test_tokens_that_do_not_tell_are_refused(tmp_path: Path) -> None:
+    Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="BPE tokenizer do not tell where words begin"):
+        word_parts(tmp_path)
+
+
 def test_special_tokens_and_tokens_of_whole_words_are_words(tmp_path: Path) -> None:
     vocabulary = {"[UNK]": 0, "[MASK]": 1, "one": 2, "two": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
