@@ -358,7 +358,7 @@ def test_the_card_is_true_to_the_run(own: Run, tmp_path: Path) -> None:
         f"| epochs | {120 / prepared['num_train_samples']:.4g} |",
         f"| train | {train['num_documents']} | {train['num_tokens']:,} | {train['num_blocks']} |",
         f"| validation | {validation['num_documents']} | {validation['num_tokens']:,} | {validation['num_blocks']} |",
-        "- train: `files`, paths: `['${CORPUS}']`, text_column: `text`",
+        "- train: `files`, paths: `['${CORPUS}']`, text_column: `text`, encoding: `utf-8`, encoding_errors: `replace`",
         "- validation: a share of 0.2 of the training documents, held out",
         "The tokenizer has 150 tokens; it was trained on the training text.",
         "| training.learning_rate | `0.0005` |",
@@ -501,7 +501,7 @@ def test_a_checkpoint_of_another_model(own: Run, tmp_path: Path) -> None:
     first = next(iter(weights))
     for changed, problem in (
         ({**weights, "adapter": torch.zeros(3)}, "the checkpoint's parameter adapter has no place in"),
-        ({**weights, first: torch.zeros(7)}, f"the checkpoint's parameter {first} has the shape [7], and [150, 32] in"),
+        ({**weights, first: torch.zeros(7)}, f"the checkpoint's parameter {first} has the shape [7], and [192, 32] in"),
         ({**weights, "cls.predictions.decoder.weight": weights[first]}, f"and its {first} have the same place in"),
     ):
         commit(own.folder, 31, changed)
