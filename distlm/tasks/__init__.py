@@ -44,9 +44,9 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the loss over a batch's targets, differentiable, and the number of right predictions, both on the
-        device. The batch is on the host. The model is called whatever the batch holds, since its forward pass is a
-        collective operation under ZeRO-3."""
+        """Sum of the loss over a batch's targets, differentiable, and, where no gradients are asked for, the number of
+        right predictions (else 0), both on the device. The batch is on the host. The model is called whatever the batch
+        holds, since its forward pass is a collective operation under ZeRO-3."""
         ...
 
 

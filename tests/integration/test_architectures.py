@@ -126,7 +126,10 @@ def losses_and_gradients(base: Base, model_type: str, stage: int, masked_only: b
     task.attach(model)
     engine = prepare(accelerator, model, build_optimizer(parameter_groups(model, 0.0), learning_rate=0.0))
     engine.eval()  # no dropout
-    loss, correct = task.loss(engine, batch_of(torch.distributed.get_rank()), torch.device("cpu"))
+    batch, cpu = batch_of(torch.distributed.get_rank()), torch.device("cpu")
+    with torch.no_grad():
+        _, correct = task.loss(engine, batch, cpu)
+    loss, _ = task.loss(engine, batch, cpu)
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in engine.module.named_parameters()}
     return Gradients(loss.item(), int(correct), gradients)

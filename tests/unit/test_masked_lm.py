@@ -179,10 +179,13 @@ def test_loss_is_a_sum_over_the_targets(blocks: np.ndarray) -> None:
     with torch.no_grad():
         at_unk = model.table[MASK]
         at_unk[int(batch["labels"][masks(batch)][0])] += 100.0  # one token that the model always guesses
-    loss_sum, correct = task.loss(model, batch, CPU)
+    loss_sum, not_counted = task.loss(model, batch, CPU)
+    with torch.no_grad():
+        _, correct = task.loss(model, batch, CPU)
     logits = model.table[batch["input_ids"]].flatten(0, 1)
     labels = batch["labels"].flatten()
     assert loss_sum.item() == pytest.approx(cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6)
+    assert int(not_counted) == 0, "training does not look for the largest logit"
     assert int(correct) == int((logits.argmax(-1) == labels).sum()) > 0
     assert task.count_targets(batch) == int(masks(batch).sum())
 
