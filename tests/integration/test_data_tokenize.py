@@ -64,6 +64,18 @@ def test_trained_tokenizer_is_berts(tmp_path: Path, tokenizer: PreTrainedTokeniz
     assert tokenizer_digest(load_tokenizer(str(tmp_path))) == tokenizer_digest(tokenizer)
 
 
+def test_unigram_finds_no_special_token_in_the_text() -> None:
+    texts = english(100) + ["a <s>struck</s> word and <mask> here"] * 20
+    unigram = train_tokenizer(texts, vocab_size=300, lowercase=True, max_seq_length=64, type="unigram")
+    ((ids, _),) = token_ids(unigram, ["fox <mask> dog <s>word</s> [MASK] <pad>"])
+    assert not {unigram.mask_token_id, unigram.pad_token_id, unigram.cls_token_id, unigram.sep_token_id} & set(ids)
+    plain = english(5, seed=1)
+    assert [ids for ids, _ in token_ids(unigram, plain)] == unigram(plain, add_special_tokens=False).input_ids
+    unigram.add_tokens(["fox"])
+    ((ids, _),) = token_ids(unigram, ["a fox"])
+    assert unigram.convert_tokens_to_ids("fox") in ids
+
+
 def test_cased_tokenizer_keeps_case_and_accents() -> None:
     cased = train_tokenizer(english(50), vocab_size=600, lowercase=False, max_seq_length=64)
     assert cased.decode(cased("café", add_special_tokens=False).input_ids) == "café"
