@@ -74,6 +74,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
 
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
+    from distlm.data.cache import LOCK
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
     from distlm.worker.model import pretrained_config, save_initial_model
@@ -102,7 +103,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         save_initial_model(config, model_config, run.init / "model")
     if not (run.init / "tokenizer").exists():
         with whole_folder(run.init / "tokenizer") as folder:
-            shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True)
+            shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 
     flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks

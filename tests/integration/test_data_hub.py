@@ -16,9 +16,9 @@ import pytest
 from data_settings import TRAIN_TOKENIZER, Data, HubDataset, content, text, unpack, write_corpus
 
 from distlm.data import hub
+from distlm.data.cache import fingerprint
 from distlm.data.notes import notes
 from distlm.data.prepare import prepare_data
-from distlm.data.cache import fingerprint
 from distlm.errors import InfrastructureError, InputError
 
 
@@ -189,6 +189,20 @@ def test_the_reason_for_a_refusal_holds_no_secret_of_a_url(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(InputError, match=r"https://\*\*\*@example.org/a.jsonl is gone$"):
         copied(HubDataset("json", ["https://me:secret@example.org/a.jsonl?sig=secret"]), cache)
+
+
+def test_what_is_stored_of_urls_holds_no_secret(data: Data, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, path = datasets.load_dataset, data.train[0].paths[0]
+    url = "https://me:secret@example.org/a.jsonl?sig=secret"
+
+    def from_url(name: str, *arguments: Any, data_files: list[str], **more: Any) -> Any:
+        assert data_files == [url]
+        return load(name, data_files=[path], **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_url)
+    prepared = prepare_data(Data([HubDataset("json", [url])]), TRAIN_TOKENIZER, cache)
+    assert prepared.info.sources["train"][0]["data_files"] == ["https://***@example.org/a.jsonl"]
+    assert not [file for file in cache.rglob("*.json") if "secret" in file.read_text()]
 
 
 @pytest.mark.parametrize(
