@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ def copy_dataset(key: str, source: DatasetsSource, cache: Path, report: Report, 
     with the config's key for what does not exist or holds no text, InfrastructureError where the network fails.
     """
     if problems := check_source(source):
-        raise InputError(*(Problem(problem.message, f"{key}.path", problem.value) for problem in problems))
+        raise InputError(*(replace(problem, key=f"{key}.{problem.key}") for problem in problems))
     commit = revision or _commit(source)
     settings = fingerprint(_FORMAT_VERSION, _what_is_read(source))
     folder = cache / f"dataset-{settings}-{commit[:_COMMIT_CHARACTERS] if commit else 'local'}"
