@@ -22,7 +22,8 @@ from distlm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_LOCK = "lock"
+LOCK = "lock"
+"""A file that is in a folder in the making, and for a moment, or after a kill, in a whole one."""
 _LOCK_INTERVAL_S = 0.2
 
 
@@ -41,13 +42,16 @@ def make_folder(folder: Path, write: Callable[[Path], object]) -> bool:
     while not folder.is_dir():
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            lock = open(partial / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+            lock = open(partial / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
         except FileNotFoundError:  # renamed by another process just now
             continue
         with lock:
             _wait_for(lock, folder)
-            if not _is_at(partial / _LOCK, lock):
+            if not _is_at(partial / LOCK, lock):
                 continue  # the folder is whole by now, or was removed
+            if folder.is_dir():  # it became whole just before this partial one was made
+                shutil.rmtree(partial, ignore_errors=True)
+                return False
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
@@ -56,8 +60,9 @@ def make_folder(folder: Path, write: Callable[[Path], object]) -> bool:
             except InputError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            (partial / _LOCK).unlink()
             partial.rename(folder)
+            # Not before: without it another process would begin anew.
+            (folder / LOCK).unlink()
             return True
     return False
 

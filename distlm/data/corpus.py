@@ -27,6 +27,7 @@ from distlm.data.sources import (
     source_name,
 )
 from distlm.errors import InputError
+from distlm.redact import drop_queries
 
 CHUNK_CHARACTERS = 2 * 2**20
 """A chunk is full when it has that many: some seconds of work."""
@@ -132,14 +133,20 @@ def _states(files: Iterable[Path]) -> list[list[Any]]:
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    """What decides which text the source gives: all but its weight."""
+    """What decides which text the source gives: all but its weight. Of URLs without what may be secret."""
     names: dict[str, Sequence[str]] = {
         "files": ("paths", "text_column", "encoding", "encoding_errors"),
         "datasets": ("path", "name", "split", "revision", "data_files", "text_column", "max_gib"),
         "python-docs": ("packages",),
     }
     chosen = ("source", *names[source.source], "max_documents")
-    return {name: getattr(source, name) for name in chosen}
+    return {name: _told(getattr(source, name)) for name in chosen}
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_told(item) for item in value]
+    return drop_queries(value) if isinstance(value, str) and "://" in value else value
 
 
 class Corpus:

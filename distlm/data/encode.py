@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 
@@ -22,7 +23,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer = Tokenizer.from_str(_without_special_pieces(tokenizer_json))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -33,6 +34,20 @@ class Encoder:
             encodings = self._tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
             for encoding, (_, is_last) in zip(encodings, batch, strict=True):
                 yield encoding.ids, is_last
+
+
+def _without_special_pieces(tokenizer_json: str) -> str:
+    """A Unigram vocabulary holds the special tokens as pieces, too, and would find them in the text: they are given
+    names that no text has. All ids stay what they are."""
+    content = json.loads(tokenizer_json)
+    if content["model"]["type"] != "Unigram":
+        return tokenizer_json
+    special = [token for token in content["added_tokens"] if token["special"]]
+    names = {token["content"]: f"\ue000{number}\ue000" for number, token in enumerate(special)}
+    for token in special:
+        token["content"] = names[token["content"]]
+    content["model"]["vocab"] = [(names.get(piece, piece), score) for piece, score in content["model"]["vocab"]]
+    return json.dumps(content)
 
 
 def _batches(slices: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

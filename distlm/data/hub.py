@@ -11,16 +11,17 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from distlm.data.cache import fingerprint, make_folder
 from distlm.data.corpus import CorpusSource
 from distlm.data.notes import PreparationProgress, Report
-from distlm.data.readers import describe_missing_column, describe_no_text
+from distlm.data.readers import describe_missing_column, describe_no_text, is_storage_failure
 from distlm.data.sources import BUILDERS, DatasetsSource, check_source, source_name
 from distlm.errors import InfrastructureError, InputError, Problem
+from distlm.redact import drop_queries
 from distlm.run_folder import read_json, write_json
 
 _FORMAT_VERSION = 1
@@ -49,7 +50,7 @@ def copy_dataset(key: str, source: DatasetsSource, cache: Path, report: Report, 
     with the config's key for what does not exist or holds no text, InfrastructureError where the network fails.
     """
     if problems := check_source(source):
-        raise InputError(*(Problem(problem.message, f"{key}.path", problem.value) for problem in problems))
+        raise InputError(*(replace(problem, key=f"{key}.{problem.key}") for problem in problems))
     commit = revision or _commit(source)
     settings = fingerprint(_FORMAT_VERSION, _what_is_read(source))
     folder = cache / f"dataset-{settings}-{commit[:_COMMIT_CHARACTERS] if commit else 'local'}"
@@ -108,9 +109,14 @@ class _Copy:
     def __init__(self, key: str, source: DatasetsSource, commit: str | None, cache: Path, report: Report) -> None:
         self._key, self._source, self._commit, self._cache, self._report = key, source, commit, cache, report
         self._max_bytes = int(source.max_gib * 2**30)
+        self._has_copied = False  # there is a part to go on after
 
     def write(self, folder: Path) -> None:
+        if (folder / _INFO).exists():  # whoever made this was killed just before it was renamed
+            (folder / _STATE).unlink(missing_ok=True)
+            return
         state = read_json(folder / _STATE) or {"num_parts": 0, "num_documents": 0, "num_bytes": 0, "position": None}
+        self._has_copied = state["num_parts"] > 0
         dataset = self._load()
         if state["position"] is not None:
             dataset.load_state_dict(state["position"])
@@ -126,15 +132,24 @@ class _Copy:
             state["num_documents"] += 1
             state["num_bytes"] += size
             if part_bytes >= _PART_BYTES:
-                state["position"] = dataset.state_dict()
                 self._write_part(folder, state, texts)
+                state["num_parts"] += 1
+                state["position"] = dataset.state_dict()
+                write_json(folder / _STATE, state)
+                self._has_copied = True
                 texts, part_bytes = [], 0
-        if texts or not state["num_parts"]:
-            self._write_part(folder, state, texts)
         if not state["num_documents"]:
-            raise InputError(Problem("the split is empty", f"{self._key}.split", self._source.split))
+            raise InputError(self._nothing_copied(reached))
+        if texts:  # no state tells of this part: whoever goes on from the last one writes it again
+            self._write_part(folder, state, texts)
         write_json(folder / _INFO, {"commit": self._commit, "reached_limit": reached})
-        (folder / _STATE).unlink()
+        (folder / _STATE).unlink(missing_ok=True)
+
+    def _nothing_copied(self, reached: str) -> Problem:
+        if reached:
+            message = "the first document alone is larger; raise it"
+            return Problem(message, f"{self._key}.max_gib", f"{self._source.max_gib:g}")
+        return Problem("the split is empty", f"{self._key}.split", self._source.split)
 
     def _limit(self, state: dict[str, Any], size: int) -> str:
         """The setting that ends the copy before a further document; empty: there is room."""
@@ -143,6 +158,7 @@ class _Copy:
         return f"max_gib = {self._source.max_gib:g}" if state["num_bytes"] + size > self._max_bytes else ""
 
     def _write_part(self, folder: Path, state: dict[str, Any], texts: list[str]) -> None:
+        """Part number `num_parts`, which ends with the documents that `state` counts."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -151,8 +167,6 @@ class _Copy:
             pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), file, compression="zstd")
             file.flush()
             os.fsync(file.fileno())
-        state["num_parts"] += 1
-        write_json(folder / _STATE, state)
         self._report(
             PreparationProgress(
                 f"copying {source_name(self._source)}", state["num_bytes"], 0, num_documents=state["num_documents"]
@@ -188,7 +202,7 @@ class _Copy:
     def _texts(self, dataset: Any) -> Iterator[str]:
         text_column = self._source.text_column
         rows = iter(dataset)
-        while (row := self._explained(lambda: next(rows, None), is_loaded=True)) is not None:
+        while (row := self._explained(lambda: next(rows, None))) is not None:
             if text_column not in row:
                 raise InputError(
                     Problem(describe_missing_column(text_column, row), f"{self._key}.text_column", text_column)
@@ -199,21 +213,24 @@ class _Copy:
                 raise InputError(Problem(message, f"{self._key}.text_column", text_column))
             yield text or ""
 
-    def _explained(self, call: Callable[[], Any], is_loaded: bool = False) -> Any:
+    def _explained(self, call: Callable[[], Any]) -> Any:
         """What the call gives. What the library raises comes out with the config's key and the reason in one line."""
         try:
             return call()
-        except Exception as error:
+        except Exception as raised:
+            cause = raised.__cause__ if type(raised).__name__ == "DatasetGenerationError" else None
+            error = cause if isinstance(cause, Exception) else raised
             reason = (
-                " ".join(str(error).split())[:_MAX_REASON_CHARACTERS]
+                drop_queries(" ".join(str(error).split()))[:_MAX_REASON_CHARACTERS]
                 or _REASONS.get(type(error))
                 or type(error).__name__
             )
             names = {kind.__name__ for kind in type(error).__mro__}
-            if is_loaded and names & _NETWORK_ERRORS:
-                message = f"{self._source.path}: {reason}; copying goes on where it stopped when the run is resumed"
-                raise InfrastructureError(message) from error
-            raise InputError(self._problem(reason)) from error
+            is_refused = not self._has_copied and _is_refusal(error, reason)
+            if (names & _NETWORK_ERRORS or is_storage_failure(error)) and not is_refused:
+                message = f"{drop_queries(self._source.path)}: {reason}; copying goes on when the run is resumed"
+                raise InfrastructureError(message) from raised
+            raise InputError(self._problem(reason)) from raised
 
     def _problem(self, reason: str) -> Problem:
         source = self._source
@@ -221,10 +238,19 @@ class _Copy:
             return Problem(reason, f"{self._key}.name", source.name or "")
         if "split" in reason.lower():
             return Problem(reason, f"{self._key}.split", source.split)
-        return Problem(reason, f"{self._key}.path", source.path)
+        return Problem(reason, f"{self._key}.path", drop_queries(source.path))
+
+
+def _is_refusal(error: Exception, reason: str) -> bool:
+    """Whether it would be the same at the next attempt: a name that the machine is told not to look up, or that the Hub
+    does not know or give."""
+    if "OfflineModeIsEnabled" in type(error).__name__ + reason:
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return 400 <= status < 500 and status not in (408, 429)  # timeout, too many requests
 
 
 _MAX_REASON_CHARACTERS = 500
 _REASONS: dict[type[Exception], str] = {StopIteration: "there are no data files"}
-_NETWORK_ERRORS = {"ConnectionError", "OfflineModeIsEnabled", "Timeout", "TransportError", "HfHubHTTPError"}
+_NETWORK_ERRORS = {"ConnectionError", "Timeout", "TimeoutError", "TransportError", "HfHubHTTPError"}
 """Names of classes in requests, httpx, huggingface_hub and the standard library."""

@@ -33,8 +33,8 @@ Report = Callable[[PreparationProgress], None]
 def notes(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     """A line for each source of `DataInfo.sources` with something to tell, and a warning for each whose text the
     tokenizer does not know well."""
-    for source in (source for split in sources.values() for source in split):
-        if found := list(_findings(source)):
+    for split, source in ((split, source) for split, found in sources.items() for source in found):
+        if found := list(_findings(source, is_trained=split == "train")):
             yield f"data: {source['name']}: {', '.join(found)}"
         unknown, tokens = source["num_unknown_tokens"], source["num_tokens"]
         if unknown > _MAX_UNKNOWN_SHARE * tokens:
@@ -44,7 +44,9 @@ def notes(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
             )
 
 
-def _findings(source: Mapping[str, Any]) -> Iterator[str]:
+def _findings(source: Mapping[str, Any], is_trained: bool) -> Iterator[str]:
+    if is_trained and source["num_tokens"] and not source["num_train_blocks"]:
+        yield "all of its text was held out for validation, none is trained"
     if number := source["num_empty_documents"]:
         yield f"{number:,} empty document{'s' * (number > 1)}"
     if number := source["num_huge_documents"]:

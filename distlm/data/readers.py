@@ -11,6 +11,7 @@ import bz2
 import codecs
 import csv
 import difflib
+import errno
 import gzip
 import io
 import json
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from distlm.errors import InputError, Problem
+from distlm.errors import InfrastructureError, InputError, Problem
 
 MAX_PIECE_CHARACTERS = 8 * 2**20
 """A document that is longer comes in more than one piece, so that memory stays bounded."""
@@ -45,7 +46,8 @@ class FileReader:
 
     `text_column` is the key or column that holds the text, `encoding` the name of a codec of Python's, and
     `encoding_errors` what to do about bytes that it does not know: `replace` them by U+FFFD, or `strict`: raise.
-    Iterating raises InputError where the file is not what its suffix, `text_column` and `encoding` say.
+    Iterating raises InputError where the file is not what its suffix, `text_column` and `encoding` say, and
+    InfrastructureError where the storage does not give it.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class FileReader:
             raise bad_file(message, self.path) from error
         self.share_read = 1.0
         if is_empty:
-            message = "the file is empty" if self.path.stat().st_size == 0 else "the file holds no records"
+            message = "the file is empty" if status(self.path).st_size == 0 else "the file holds no records"
             raise bad_file(f"{message}; remove it from the sources or mend it", self.path)
 
     def not_in_encoding(self, line: int, what: str = "holds bytes that are") -> InputError:
@@ -105,15 +107,41 @@ class FileReader:
 
 
 def bad_file(message: str, path: Path, line: int | None = None) -> InputError:
-    return InputError(Problem(message, location=str(path) if line is None else f"{path}:{line}"))
+    return InputError(Problem(message, location=place(path, line)))
 
 
-def unreadable(path: Path, error: Exception) -> InputError:
-    return bad_file(f"cannot be read: {getattr(error, 'strerror', None) or error}", path)
+def place(path: Path, line: int | None = None) -> str:
+    """FILE or FILE:LINE in valid Unicode, which a file's name need not be."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return name if line is None else f"{name}:{line}"
+
+
+def unreadable(path: Path, error: Exception) -> InputError | InfrastructureError:
+    message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return InfrastructureError(f"{place(path)}: {message}") if is_storage_failure(error) else bad_file(message, path)
+
+
+def is_storage_failure(error: Exception) -> bool:
+    """Whether the system complains of something else than the file's name, its kind or the permissions."""
+    return isinstance(error, OSError) and error.errno not in _USERS_ERRORS
+
+
+# Without a number it is a library that complains, of the content.
+_USERS_ERRORS = {
+    None,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 
 
 def status(path: Path) -> os.stat_result:
-    """Size and times of a file. Raises InputError where it has gone or cannot be looked at."""
+    """Size and times of a file. Raises InputError where it has gone or cannot be looked at, InfrastructureError where
+    the storage fails."""
     try:
         return path.stat()
     except OSError as error:
@@ -228,7 +256,7 @@ class _Lines:
         if not self.undecodable_line:
             return ""
         line, self.undecodable_line = self.undecodable_line, 0
-        return f"{self._reader.path}:{line}"
+        return place(self._reader.path, line)
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -373,7 +401,7 @@ def _texts(reader: FileReader, column: Any, first_row: int) -> Iterator[Piece]:
             if is_bad and reader.is_strict:
                 message = f"column {reader.text_column!r} holds bytes that are not UTF-8; write the file anew"
                 raise bad_file(message, reader.path, row) from None
-            yield Piece(_MARK.sub(REPLACEMENT_CHARACTER, text), True, f"{reader.path}:{row}" if is_bad else "")
+            yield Piece(_MARK.sub(REPLACEMENT_CHARACTER, text), True, place(reader.path, row) if is_bad else "")
     else:
         for text in texts:
             yield Piece(text or "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,12 +19,16 @@ from distlm.data.readers import (
     FileReader,
     Piece,
     describe_unsupported,
+    is_storage_failure,
     is_supported,
     nearest,
     needs_pyarrow,
+    place,
     status,
+    unreadable,
 )
 from distlm.errors import InputError, Problem
+from distlm.redact import drop_queries
 
 
 class FilesSource(Protocol):
@@ -88,14 +93,15 @@ def source_name(source: Source) -> str:
     if source.source == "files":
         return ", ".join(source.paths)
     if source.source == "datasets":
-        return "/".join(part for part in (source.path, source.name, source.split) if part)
+        return drop_queries("/".join(part for part in (source.path, source.name, source.split) if part))
     return "python-docs" if source.packages is None else f"python-docs of {', '.join(source.packages)}"
 
 
 class SourceReader:
     """The documents of a source from the first on, empty ones included; to be iterated over once.
 
-    Iterating raises InputError where a file is missing, unreadable, empty or not what its suffix says.
+    Iterating raises InputError where a file is missing, unreadable, empty or not what its suffix says, and
+    InfrastructureError where the storage fails.
     """
 
     def __init__(self, source: LocalSource, files: Sequence[Path]) -> None:
@@ -153,7 +159,8 @@ def files_of(source: LocalSource) -> list[Path]:
 
 
 def check_source(source: Source) -> list[Problem]:
-    """What is wrong with a source as far as local files and the first record of each can tell."""
+    """What is wrong with a source as far as local files and the first record of each can tell; the key of a problem, if
+    any, is one of the source's. Raises InfrastructureError where the storage fails."""
     if source.source == "datasets":
         return _check_dataset(source)
     if source.source == "python-docs":
@@ -161,18 +168,25 @@ def check_source(source: Source) -> list[Problem]:
     files, problems = _find_text_files(source.paths)
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None  # a client may lack it; whoever reads the data has it
     read = UndecodableCount()
+    all_is_read = True
     for file in files:
         if needs_pyarrow(file) and not has_pyarrow:
+            all_is_read = False
             continue
         try:
             for piece in _file_reader(source, file):
                 read.add(piece)
-                # The first record may be the only bad one; a few more tell.
-                if not piece.undecodable_at or read.num_undecodable > UndecodableCount.FEW:
+                # As long as nothing but damage comes, all the text may be in another encoding.
+                if not piece.undecodable_at or read.num_documents > _MAX_CHECKED_DOCUMENTS:
+                    all_is_read = False
                     break
         except InputError as error:
             problems.extend(error.problems)
-    return problems + read.problems(source.encoding)
+    # A share of what has not been read is not known.
+    return problems + (read.problems(source.encoding) if all_is_read else [])
+
+
+_MAX_CHECKED_DOCUMENTS = 1000
 
 
 class UndecodableCount:
@@ -219,13 +233,16 @@ def _check_dataset(source: DatasetsSource) -> list[Problem]:
     """What is on this machine; a name on the Hub is looked up by whoever reads the data."""
     if source.path in BUILDERS and not source.data_files:
         message = f"is a builder and needs data_files: [FILES]; for a folder of that name write ./{source.path}"
-        return [Problem(message, value=source.path)]
-    if source.path.startswith((".", "/", "~")) and not Path(source.path).expanduser().is_dir():
+        return [Problem(message, "path", source.path)]
+    if source.path.startswith("~"):
+        return [Problem("'~' is not expanded here; write ${HOME} for it", "path", source.path)]
+    if source.path.startswith((".", "/")) and not Path(source.path).is_dir():
         message = f"no such folder; `path` is a folder, a name on the Hub, or one of {', '.join(BUILDERS)}"
-        return [Problem(message, value=source.path)]
+        return [Problem(message, "path", source.path)]
     if source.path in BUILDERS:
         local = [name for name in source.data_files or [] if "://" not in name]
-        return [Problem("no file matches", value=name) for name in local if not glob.glob(name, recursive=True)]
+        missing = [name for name in local if not glob.glob(name, recursive=True)]
+        return [Problem("no file matches", "data_files", name) for name in missing]
     return []
 
 
@@ -233,16 +250,19 @@ def _check_dataset(source: DatasetsSource) -> list[Problem]:
 
 
 def _find_text_files(names: list[str]) -> tuple[list[Path], list[Problem]]:
-    files: dict[Path, None] = {}  # a file that two names match is read once
+    files: dict[str, Path] = {}  # a file that two names match, or that has two names, is read once
     problems: list[Problem] = []
     for name in names:
         try:
-            files.update(dict.fromkeys(_match(name)))
+            for file in _match(name):
+                files.setdefault(os.path.realpath(file), file)
         except InputError as error:
             problems.extend(error.problems)
         except OSError as error:
+            if is_storage_failure(error):
+                raise unreadable(Path(name), error) from error
             problems.append(Problem(f"cannot be looked up: {error.strerror}", value=name))
-    return list(files), problems
+    return list(files.values()), problems
 
 
 def _match(name: str) -> list[Path]:
@@ -262,9 +282,9 @@ def _match(name: str) -> list[Path]:
     else:
         raise InputError(Problem(_describe_missing(path), value=name))
     if unsupported := [file for file in matches if not is_supported(file)]:
-        raise InputError(*(Problem(describe_unsupported(file), value=str(file)) for file in unsupported))
+        raise InputError(*(Problem(describe_unsupported(file), value=place(file)) for file in unsupported))
     if special := [file for file in matches if file.exists() and not file.is_file()]:
-        raise InputError(*(Problem("not a regular file", value=str(f)) for f in special))
+        raise InputError(*(Problem("not a regular file", value=place(f)) for f in special))
     return matches
 
 

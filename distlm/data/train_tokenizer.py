@@ -18,12 +18,15 @@ from typing import Literal
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distlm.data.encode import slices
 from distlm.errors import InputError
 
 TokenizerType = Literal["wordpiece", "bpe", "unigram"]
 
 # Bounds on what is in memory at once.
 _MAX_DISTINCT_CHUNKS = 2**18
+_MAX_CHARACTERS_OF_CHUNKS = 2**26
+_MAX_CHUNK_CHARACTERS = 2**16  # text without blanks is cut there
 _MAX_DISTINCT_WORDS = 2**21
 _MAX_WORD_CHARACTERS = 100  # as BERT's: beyond it is no word, and trainers take time quadratic in it
 
@@ -171,6 +174,7 @@ def _count_words(
     the pre-tokenizer, which look at nothing beyond it, see each distinct piece once."""
     words: Counter[str] = Counter()
     chunks: Counter[str] = Counter()
+    num_characters = 0  # that the chunks have at most
 
     def count_words_of_chunks() -> None:
         for chunk, count in chunks.items():
@@ -182,9 +186,14 @@ def _count_words(
         _drop_rare(words)
 
     for document in documents:
-        chunks.update(split(document))
-        if len(chunks) > _MAX_DISTINCT_CHUNKS:
+        found = split(document)
+        if len(document) > _MAX_CHUNK_CHARACTERS:
+            found = [part for chunk in found for part, _ in slices(chunk, _MAX_CHUNK_CHARACTERS)]
+        chunks.update(found)
+        num_characters += len(document)
+        if len(chunks) > _MAX_DISTINCT_CHUNKS or num_characters > _MAX_CHARACTERS_OF_CHUNKS:
             count_words_of_chunks()
+            num_characters = 0
     count_words_of_chunks()
     if not words:
         raise InputError("the training sources hold no text to train a tokenizer from")

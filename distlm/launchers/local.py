@@ -40,7 +40,8 @@ class LocalLauncher:
         for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
             for index, source in enumerate(sources):
                 for problem in check_source(source):
-                    yield Problem(_with_place(problem), f"data.{section}.{index}", problem.value)
+                    key = ".".join(filter(None, ("data", section, str(index), problem.key)))
+                    yield Problem(_with_place(problem), key, problem.value)
         for key, name in (
             ("model.name_or_path", config.model.name_or_path),
             ("tokenizer.name_or_path", config.tokenizer.name_or_path),

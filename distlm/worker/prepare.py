@@ -74,6 +74,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
 
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
+    from distlm.data.cache import LOCK
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
     from distlm.worker.model import pretrained_config, save_initial_model
@@ -89,6 +90,9 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     before = read_json(run.init / "prepared.json")
     if before is not None:
         _check_same_format(before["data_info"])
+        kept = run.init / "tokenizer"
+        if tokenizer_config.train and kept.exists():  # the cache may be gone, and training again may give another
+            tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": str(kept), "train": None})
     data = prepare_data(config.data, tokenizer_config, run.cache, report, _commits(before))
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
@@ -102,7 +106,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         save_initial_model(config, model_config, run.init / "model")
     if not (run.init / "tokenizer").exists():
         with whole_folder(run.init / "tokenizer") as folder:
-            shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True)
+            shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 
     flops, masked_only_head = forward_flops(config, model_config)
     num_train_samples = data.info.train.num_blocks
@@ -201,11 +205,9 @@ def _mixture(config: RunConfig, info: DataInfo) -> list[dict[str, Any]]:
     """See `Prepared.train_mixture`. Raises InputError for a source that has a weight and no sample."""
     sizes = [source["num_train_blocks"] for source in info.sources["train"]]
     problems = [
-        Problem(
-            "the source has a weight, and gives no training sample: it holds no text", f"data.train.{number}.weight"
-        )
-        for number, (source, size) in enumerate(zip(config.data.train, sizes, strict=True))
-        if source.weight is not None and not size
+        _no_sample(number, info.sources["train"][number], config)
+        for number, source in enumerate(config.data.train)
+        if source.weight is not None and not sizes[number]
     ]
     if problems:
         raise InputError(*problems)
@@ -219,6 +221,17 @@ def _mixture(config: RunConfig, info: DataInfo) -> list[dict[str, Any]]:
         }
         for source, size, count in zip(info.sources["train"], sizes, order.samples_per_epoch, strict=True)
     ]
+
+
+def _no_sample(number: int, source: dict[str, Any], config: RunConfig) -> Problem:
+    if not source["num_tokens"]:
+        message = "the source has a weight, and gives no training sample: it holds no text"
+        return Problem(message, f"data.train.{number}.weight")
+    message = (
+        f"all of the {source['num_documents']} documents of data.train.{number}, which has a weight, were held out; "
+        "lower data.validation_fraction or name sources under data.validation"
+    )
+    return Problem(message, "data.validation_fraction", str(config.data.validation_fraction))
 
 
 def _check_same_data(before: DataInfo, now: DataInfo) -> None:

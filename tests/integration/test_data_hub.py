@@ -16,9 +16,10 @@ import pytest
 from data_settings import TRAIN_TOKENIZER, Data, HubDataset, content, text, unpack, write_corpus
 
 from distlm.data import hub
+from distlm.data.cache import fingerprint
 from distlm.data.notes import notes
 from distlm.data.prepare import prepare_data
-from distlm.errors import InputError
+from distlm.errors import InfrastructureError, InputError
 
 
 @pytest.fixture
@@ -95,6 +96,115 @@ def test_copying_goes_on_where_it_was_killed(data_set: Path, cache: Path, monkey
     assert unpack(prepared, prepared.train_paths[0]) == [text(number) for number in range(400) if number % 200 != 7]
 
 
+def copied(source: HubDataset, cache: Path) -> list[str]:
+    cache.mkdir(parents=True, exist_ok=True)
+    return [
+        piece.text for piece in hub.copy_dataset("data.train.0", source, cache, lambda progress: None, None).pieces()
+    ]
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "state.json", "rename"])
+def test_copying_that_ends_before_the_folder_is_whole_copies_nothing_twice(
+    data_set: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(hub, "_PART_BYTES", 20_000)
+    write, rename, unlink = hub.write_json, Path.rename, Path.unlink
+
+    def die(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if name == "dataset.json":
+            patch.setattr(hub, "write_json", lambda path, value: (die if path.name == name else write)(path, value))
+        elif name == "state.json":
+            patch.setattr(Path, "unlink", lambda path, **more: (die if path.name == name else unlink)(path, **more))
+        else:
+            patch.setattr(Path, "rename", lambda path, to: (die if path.name.startswith("data") else rename)(path, to))
+        with pytest.raises(KeyboardInterrupt):
+            copied(HubDataset(str(data_set)), cache)
+    assert copied(HubDataset(str(data_set)), cache) == [
+        text(number) if number % 200 != 7 else "" for number in range(400)
+    ]
+    (folder,) = cache.glob("dataset-*")
+    assert sorted({path.suffix for path in folder.iterdir()}) == [".json", ".parquet"]
+    assert not (folder / "state.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("503 from the Hub"), OSError(28, "No space left on device"), TimeoutError()]
+)
+@pytest.mark.parametrize("where", ["load", "read"])
+def test_a_failure_of_the_network_or_the_disk_keeps_what_is_copied(
+    data_set: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, where: str
+) -> None:
+    monkeypatch.setattr(hub, "_PART_BYTES", 3000)
+    texts = hub._Copy._texts
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    def break_off(copy: hub._Copy, rows: Any) -> Iterator[str]:
+        for number, value in enumerate(texts(copy, rows)):
+            if number == 150:
+                copy._explained(fail)
+            yield value
+
+    with monkeypatch.context() as patch:
+        if where == "load":
+            patch.setattr(datasets, "load_dataset", fail)
+        else:
+            patch.setattr(hub._Copy, "_texts", break_off)
+        with pytest.raises(InfrastructureError):
+            copied(HubDataset(str(data_set)), cache)
+    (partial,) = cache.glob("dataset-*.partial")
+    assert (partial / "state.json").exists() == (where == "read")
+
+
+def test_what_cannot_be_looked_up_ends_no_copy_that_has_begun(
+    data_set: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: Any, **more: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'some/corpus' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(hub, "_commit", lambda source: None)
+    source = HubDataset("some/corpus")
+    with pytest.raises(InputError):
+        copied(source, cache)
+    partial = cache / f"dataset-{fingerprint(hub._FORMAT_VERSION, hub._what_is_read(source))}-local.partial"
+    partial.mkdir()
+    state = {"num_parts": 1, "num_documents": 1, "num_bytes": 1, "position": {}}
+    (partial / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InfrastructureError, match="copying goes on when the run is resumed"):
+        copied(source, cache)
+    assert (partial / "state.json").exists()
+
+
+def test_the_reason_for_a_refusal_holds_no_secret_of_a_url(
+    data_set: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise FileNotFoundError("https://me:secret@example.org/a.jsonl?sig=secret is gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"https://\*\*\*@example.org/a.jsonl is gone$"):
+        copied(HubDataset("json", ["https://me:secret@example.org/a.jsonl?sig=secret"]), cache)
+
+
+def test_what_is_stored_of_urls_holds_no_secret(data: Data, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, path = datasets.load_dataset, data.train[0].paths[0]
+    url = "https://me:secret@example.org/a.jsonl?sig=secret"
+
+    def from_url(name: str, *arguments: Any, data_files: list[str], **more: Any) -> Any:
+        assert data_files == [url]
+        return load(name, data_files=[path], **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_url)
+    prepared = prepare_data(Data([HubDataset("json", [url])]), TRAIN_TOKENIZER, cache)
+    assert prepared.info.sources["train"][0]["data_files"] == ["https://***@example.org/a.jsonl"]
+    assert not [file for file in cache.rglob("*.json") if "secret" in file.read_text()]
+
+
 @pytest.mark.parametrize(
     ("change", "key", "message"),
     [
@@ -103,7 +213,10 @@ def test_copying_goes_on_where_it_was_killed(data_set: Path, cache: Path, monkey
         ({"text_column": "txt"}, "text_column", "no column 'txt'; the columns are 'id', 'text'; did you mean 'text'?"),
         ({"text_column": "id"}, "text_column", "column 'id' holds a int, not text"),
         ({"path": "/nowhere"}, "path", "no such folder"),
+        ({"path": "~/ds"}, "path", "'~' is not expanded here; write ${HOME} for it"),
         ({"path": "json"}, "path", "needs data_files"),
+        ({"path": "json", "data_files": ["gone.jsonl"]}, "data_files", "no file matches"),
+        ({"max_gib": 5 / 2**30}, "max_gib", "the first document alone is larger; raise it"),
         ({"path": "nobody/nothing"}, "path", "nobody/nothing"),
     ],
 )

@@ -36,6 +36,7 @@ from data_settings import (
 from transformers import AutoTokenizer
 
 from distlm.data import corpus, prepare, readers, sources
+from distlm.data.cache import LOCK, make_folder
 from distlm.data.encode import Encoder
 from distlm.data.notes import notes
 from distlm.data.pack import PackedDataset
@@ -307,6 +308,29 @@ def test_a_second_process_waits_for_the_first(data: Data, cache: Path, caplog: p
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert second.result(timeout=60).cached
     assert "waiting for process 1 on a host, which is making" in caplog.text
+
+
+def test_a_folder_that_became_whole_in_between_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, is_dir = tmp_path / "data-x", Path.is_dir
+    folder.mkdir()
+    answers = iter([False])
+    monkeypatch.setattr(Path, "is_dir", lambda path: next(answers, is_dir(path)))
+    assert not make_folder(folder, lambda partial: pytest.fail("made again"))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_lock_is_there_until_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def look(path: Path, to: Path) -> Path:
+        assert (path / LOCK).exists()
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", look)
+    assert make_folder(tmp_path / "data-x", lambda partial: None)
+    assert not list((tmp_path / "data-x").iterdir())
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real data at {REAL_DATA}; set DISTLM_TEST_DATA")

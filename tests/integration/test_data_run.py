@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from tiny_runs import CONFIG, english
 from distlm.config.load import load_tree
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
+from distlm.data.corpus import _are_held_out
+from distlm.data.notes import notes
 from distlm.data.pack import PackedDataset
 from distlm.errors import InputError
 from distlm.run_folder import RunFolder, read_json, write_json
@@ -63,6 +67,34 @@ def test_a_source_with_a_weight_and_no_text_is_refused(tmp_path: Path, run: RunF
         prepare_run(weighted, run)
     (found,) = caught.value.problems
     assert found.key == "data.train.1.weight" and "no training sample" in found.message
+
+
+def test_a_source_that_is_held_out_as_a_whole_is_refused_or_told(tmp_path: Path, run: RunFolder) -> None:
+    size = next(number for number, is_held_out in enumerate(_are_held_out(0.1)) if is_held_out and number > 5)
+
+    def held_out(*weights: float | None) -> RunConfig:
+        chosen = config(tmp_path, *weights)
+        (tmp_path / "0.txt").write_text(english(size, seed=0), encoding="utf-8")
+        (tmp_path / "1.txt").write_text("one document")
+        return chosen
+
+    with pytest.raises(InputError) as caught:
+        prepare_run(held_out(1.0, 1.0), run)
+    (found,) = caught.value.problems
+    assert found.key == "data.validation_fraction"
+    assert found.message.startswith("all of the 1 documents of data.train.1, which has a weight, were held out; lower")
+    told = list(notes(prepare_run(held_out(None, None), run).data_info["sources"]))
+    assert f"data: {tmp_path}/1.txt: all of its text was held out for validation, none is trained" in told
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare_run(config(tmp_path, None), run)
+    shutil.rmtree(run.cache)
+    os.utime(tmp_path / "0.txt", ns=(0, 0))
+    monkeypatch.setattr("distlm.data.prepare.train_tokenizer", None)
+    again = prepare_run(config(tmp_path, None), run)
+    assert not again.data_was_cached
+    assert again.data_info["tokenizer_fingerprint"] == first.data_info["tokenizer_fingerprint"]
 
 
 def test_data_of_another_version_is_not_what_the_run_began_with(tmp_path: Path, run: RunFolder) -> None:

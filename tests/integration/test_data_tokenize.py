@@ -64,6 +64,18 @@ def test_trained_tokenizer_is_berts(tmp_path: Path, tokenizer: PreTrainedTokeniz
     assert tokenizer_digest(load_tokenizer(str(tmp_path))) == tokenizer_digest(tokenizer)
 
 
+def test_unigram_finds_no_special_token_in_the_text() -> None:
+    texts = english(100) + ["a <s>struck</s> word and <mask> here"] * 20
+    unigram = train_tokenizer(texts, vocab_size=300, lowercase=True, max_seq_length=64, type="unigram")
+    ((ids, _),) = token_ids(unigram, ["fox <mask> dog <s>word</s> [MASK] <pad>"])
+    assert not {unigram.mask_token_id, unigram.pad_token_id, unigram.cls_token_id, unigram.sep_token_id} & set(ids)
+    plain = english(5, seed=1)
+    assert [ids for ids, _ in token_ids(unigram, plain)] == unigram(plain, add_special_tokens=False).input_ids
+    unigram.add_tokens(["fox"])
+    ((ids, _),) = token_ids(unigram, ["a fox"])
+    assert unigram.convert_tokens_to_ids("fox") in ids
+
+
 def test_cased_tokenizer_keeps_case_and_accents() -> None:
     cased = train_tokenizer(english(50), vocab_size=600, lowercase=False, max_seq_length=64)
     assert cased.decode(cased("café", add_special_tokens=False).input_ids) == "café"
@@ -73,9 +85,30 @@ def test_cased_tokenizer_keeps_case_and_accents() -> None:
 def test_counting_in_portions_changes_nothing(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_MAX_DISTINCT_CHUNKS", 50)
-    again = train_tokenizer(english(200), vocab_size=600, lowercase=True, max_seq_length=64)
-    assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+    for bound in ("_MAX_DISTINCT_CHUNKS", "_MAX_CHARACTERS_OF_CHUNKS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, bound, 50)
+            again = train_tokenizer(english(200), vocab_size=600, lowercase=True, max_seq_length=64)
+        assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+
+
+def test_text_without_blanks_is_counted_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_MAX_CHARACTERS_OF_CHUNKS", 5000)
+    monkeypatch.setattr(training, "_MAX_CHUNK_CHARACTERS", 1000)
+    held: list[int] = []
+
+    class Chunks(Counter[str]):
+        def clear(self) -> None:
+            if self:
+                held.extend([sum(map(len, self)), max(map(len, self))])
+            super().clear()
+
+    generator = random.Random(0)
+    documents = ["".join(generator.choices("天地玄黄宇宙洪荒", k=3500)) for _ in range(20)]
+    monkeypatch.setattr(training, "Counter", Chunks)
+    words = training._count_words(iter(documents), str.split, None, training.pre_tokenizers.BertPreTokenizer())
+    assert sum(map(len, words.elements())) == 20 * 3500
+    assert len(held) == 20 and max(held[::2]) <= 5000 + 3500 and max(held[1::2]) <= 1000
 
 
 def test_vocabulary_keeps_to_its_size_where_characters_are_many() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -21,7 +22,7 @@ import pytest
 from distlm.data import readers
 from distlm.data.readers import Piece
 from distlm.data.sources import SourceReader, UndecodableCount, check_source, files_of
-from distlm.errors import InputError
+from distlm.errors import InfrastructureError, InputError
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,9 @@ def test_folders_and_globs_give_each_file_once_in_order(tmp_path: Path, monkeypa
     assert names("data") == ["a.txt", "b.txt", "c.txt", "d.jsonl"]
     assert names("data/**/*.txt") == ["a.txt", "b.txt", "c.txt"]
     assert names("data/sub/c.txt", "data/[ab].txt", "data") == ["c.txt", "a.txt", "b.txt", "d.jsonl"]
+    assert names(str(tmp_path / "data/sub"), "data/sub", "data/sub/../sub/c.txt") == ["c.txt", "d.jsonl"]
+    (tmp_path / "data/sub/link.txt").symlink_to(tmp_path / "data/a.txt")
+    assert names("data") == ["a.txt", "b.txt", "c.txt", "d.jsonl"]
     write(tmp_path / "data/x[1].txt", "brackets")
     assert (documents(Files(["data/x[1].txt"]))) == ["brackets"]
 
@@ -213,6 +217,40 @@ def test_unreadable_file_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "a.txt")  # a loop: no user can open it
     with pytest.raises(InputError, match=r"a\.txt: cannot be read: "):
         documents(Files([str(tmp_path / "*.txt")]))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_storage_that_fails_is_no_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    source = write(tmp_path / "a.txt", "a\n\nb\n\nc\n")
+    next_line = readers._Lines.__next__
+
+    def fail(lines: readers._Lines) -> str:
+        if lines.number == 3:
+            raise OSError(code, os.strerror(code))
+        return next_line(lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readers._Lines, "__next__", fail)
+        with pytest.raises(InfrastructureError, match=r"a\.txt: cannot be read: "):
+            documents(source)
+
+    def stat(path: Path, **more: object) -> os.stat_result:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(InfrastructureError):
+        files_of(source)
+
+
+def test_a_name_that_is_not_unicode_can_be_told(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xe3.txt"))
+    file.write_bytes(b"good\n\nb\xe9d\n")
+    _, second = pieces(Files([str(tmp_path)]))
+    assert second.undecodable_at == f"{tmp_path}/\\xc4\\xe3.txt:3"
+    file.write_bytes(b"")
+    problem(Files([str(tmp_path)])).encode()
+    file.rename(file.with_suffix(".pdf"))
+    problem(Files([f"{tmp_path}/*"])).encode()
 
 
 # -------------------------------------------------------------------------------------------------------- python-docs
@@ -396,7 +434,13 @@ def test_check_tells_damage_from_another_encoding(
 def test_check_looks_on_where_the_first_record_is_damaged(tmp_path: Path) -> None:
     assert check_source(write(tmp_path / "a.txt", b"caf\xe9\n\ngood\n")) == []
     (found,) = check_source(write(tmp_path / "b.txt", b"caf\xe9\n\n" * 30))
-    assert found.message.startswith("11 of 11 documents hold bytes that are not UTF-8")
+    assert found.message.startswith("30 of 30 documents hold bytes that are not UTF-8")
+    for number in range(20):  # each begins with damage, and is good
+        write(tmp_path / "shards" / f"{number}.txt", b"\xa9 header\n\n" + b"good\n\n" * 100)
+    write(tmp_path / "shards/all.txt", b"caf\xe9\n\n" * 30)
+    assert check_source(Files([str(tmp_path / "shards")])) == []
+    (found,) = check_source(Files([str(tmp_path / "shards/0.txt")], encoding_errors="strict"))
+    assert "byte 0xa9 in column 1" in found.message
     assert check_source(replace(write(tmp_path / "c.txt", b"caf\xe9\n"), encoding="latin-1")) == []
 
 
@@ -421,10 +465,11 @@ def test_what_of_a_data_set_is_on_this_machine_is_checked(tmp_path: Path) -> Non
     write(tmp_path / "a.jsonl", "x")
     assert check_source(HubDataset("wikimedia/wikipedia")) == []
     assert check_source(HubDataset("json", [f"{tmp_path}/*.jsonl", "https://example.org/a.jsonl"])) == []
-    for source, message in (
-        (HubDataset("json"), "needs data_files"),
-        (HubDataset("./gone"), "no such folder"),
-        (HubDataset("json", [f"{tmp_path}/*.csv"]), "no file matches"),
+    for source, key, message in (
+        (HubDataset("json"), "path", "needs data_files"),
+        (HubDataset("./gone"), "path", "no such folder"),
+        (HubDataset("~"), "path", "write ${HOME} for it"),
+        (HubDataset("json", [f"{tmp_path}/*.csv"]), "data_files", "no file matches"),
     ):
         (found,) = check_source(source)
-        assert message in found.message and found.value
+        assert found.key == key and message in found.message and found.value
