@@ -7,17 +7,16 @@ a cluster's head node may be too small for that, so there the work is a task on 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from distlm.errors import InfrastructureError
+from distlm.processes import end_with_parent
 
 
 class Helper(Protocol):
@@ -110,7 +109,7 @@ class RemoteTraceback(Exception):
 def _serve(pipe: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole session; the controller decides what ends
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     while True:
         function, arguments = pipe.recv()
         try:
@@ -128,10 +127,3 @@ def _portable(error: BaseException) -> Exception:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - what this process has just written
             return error
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

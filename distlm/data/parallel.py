@@ -12,7 +12,6 @@ import hashlib
 import multiprocessing
 import os
 import sys
-import threading
 import types
 from array import array
 from collections import deque
@@ -27,6 +26,7 @@ from typing import NamedTuple, Self
 from distlm.data.encode import Encoder
 from distlm.data.pack import BlockLayout, BlockWriter
 from distlm.errors import InfrastructureError
+from distlm.processes import end_with_parent
 
 
 class Entry(NamedTuple):
@@ -203,14 +203,7 @@ def _begin(packing: Packing) -> None:
     global _packing, _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _packing, _encoder = packing, Encoder(packing.tokenizer_json)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _pack_here(chunk: Chunk) -> dict[str, Part]:

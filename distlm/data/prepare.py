@@ -158,8 +158,10 @@ def prepare_data(
         remove_journal(folder)
 
     def pack(folder: Path) -> None:
-        with BlockFiles(folder, BlockLayout.of(tokenizer, data.max_seq_length), corpus.targets) as files:
-            _pack(corpus, tokenizer, data, files, report)
+        layout = BlockLayout.of(tokenizer, data.max_seq_length)
+        with BlockFiles(folder, layout, corpus.targets) as files:
+            packing = Packing(tokenizer.backend_tokenizer.to_str(), layout, files.parts_folder)
+            _pack(corpus, packing, data.num_proc or len(os.sched_getaffinity(0)), files, report)
             for source in corpus.sources:
                 source.check_unchanged()
             files.finish()
@@ -211,9 +213,7 @@ def _prepare_tokenizer(
     return load_tokenizer(str(folder)), folder
 
 
-def _pack(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, files: BlockFiles, report: Report
-) -> None:
+def _pack(corpus: Corpus, packing: Packing, num_proc: int, files: BlockFiles, report: Report) -> None:
     """Tokenize and pack what is not in the files yet. All text is read, since only reading tells where a chunk ends."""
     read: dict[int, tuple[int, int, int, int]] = {}
     num_documents = 0
@@ -226,9 +226,6 @@ def _pack(
                 read[chunk.number] = (source_number, num_documents, *corpus.bytes_read())
                 yield chunk
 
-    layout = BlockLayout.of(tokenizer, data.max_seq_length)
-    packing = Packing(tokenizer.backend_tokenizer.to_str(), layout, files.parts_folder)
-    num_proc = data.num_proc or len(os.sched_getaffinity(0))
     with closing(pack_in_order(chunks_to_do(), packing, num_proc)) as packed:
         for chunk, parts in packed:
             source_number, documents_done, bytes_done, bytes_total = read.pop(chunk.number)

@@ -29,7 +29,7 @@ class Dropout(nn.Dropout):
     """`torch.nn.Dropout` for tensors on the CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return dropout(input, self.p) if self.training and self.p > 0 else input
+        return dropout(input, self.p) if self.training else input
 
 
 def attention(

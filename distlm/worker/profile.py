@@ -53,12 +53,12 @@ class StepProfiler:
     """
 
     def __init__(self, steps: range, engine: DeepSpeedEngine, head: nn.Module | None, device: torch.device) -> None:
-        self._steps, self._engine, self._head, self._device = steps, engine, head, device
+        self.steps = steps
+        self._engine, self._head, self._device = engine, head, device
         self._profile: profile | None = None
         self._open_head: record_function | None = None
         self._undo: list[Callable[[], None]] = []
         self._in_step = False
-        self._num_steps = 0
 
     @property
     def is_done(self) -> bool:
@@ -67,7 +67,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        if step not in self._steps:
+        if step not in self.steps:
             yield
             return
         if self._profile is None:
@@ -76,8 +76,7 @@ class StepProfiler:
         with self._marked("step"):
             yield
         self._in_step = False
-        self._num_steps += 1
-        if step == self._steps[-1]:
+        if step == self.steps[-1]:
             self._end()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -135,7 +134,7 @@ class StepProfiler:
         self._profile.export_chrome_trace(str(trace))
         spans = _spans(self._profile)
         self._profile = None
-        return step_map(dist.get_rank(), spans, self._num_steps)
+        return step_map(dist.get_rank(), spans, len(self.steps))
 
 
 Span = tuple[float, float]

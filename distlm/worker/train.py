@@ -176,8 +176,7 @@ class Worker:
         self.order = sample_order(config, self.train_data.sizes)
         self.validation_data = PackedDataset([Path(prepared.validation_path)]) if prepared.validation_path else None
         self.batches = Prefetcher(self._make_batches, prepared.total_steps)
-        self.steps_to_profile = self._steps_to_profile()
-        self.profiler = StepProfiler(self.steps_to_profile, self.engine, self.task.head(model), self.device)
+        self.profiler = StepProfiler(self._steps_to_profile(), self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(
@@ -385,7 +384,7 @@ class Worker:
         dist.all_gather_object(maps, mine)
         if self.rank == 0:
             flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * self.plan.global_batch
-            text = describe(maps, self.steps_to_profile, flops / self.world_size, self.peak_flops)
+            text = describe(maps, self.profiler.steps, flops / self.world_size, self.peak_flops)
             (self.context.profile_folder / "step_map.md").write_text(text, encoding="utf-8")
             self.context.show(text)
 
