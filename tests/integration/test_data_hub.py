@@ -13,23 +13,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_settings import TRAIN_TOKENIZER, Data, HubDataset, content, text, unpack, write_corpus
+from data_settings import TRAIN_TOKENIZER, Data, HubDataset, content, text, unpack
 
 from distlm.data import hub
 from distlm.data.cache import fingerprint
 from distlm.data.notes import notes
 from distlm.data.prepare import prepare_data
 from distlm.errors import InfrastructureError, InputError
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Data:
-    return Data([write_corpus(tmp_path / "corpus.jsonl")])
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "cache"
 
 
 @pytest.fixture

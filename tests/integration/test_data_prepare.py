@@ -45,16 +45,6 @@ from distlm.data.sources import SourceReader
 from distlm.errors import InputError
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Data:
-    return Data([write_corpus(tmp_path / "corpus.jsonl")])
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "cache"
-
-
 def test_blocks_hold_all_documents_once_in_order(data: Data, cache: Path) -> None:
     prepared = prepare_data(data, TRAIN_TOKENIZER, cache)
     train, held_out = (unpack(prepared, path) for path in (prepared.train_paths[0], prepared.validation_path))

@@ -30,16 +30,6 @@ from distlm.errors import InfrastructureError
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
-    return Data([write_corpus(tmp_path / "corpus.jsonl")])
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "cache"
-
-
-@pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARACTERS", 12_000)
 

@@ -343,7 +343,8 @@ def test_the_card_is_true_to_the_run(own: Run, tmp_path: Path) -> None:
     text = (tmp_path / "m" / "README.md").read_text()
     prepared = json.loads((own.folder.init / "prepared.json").read_text())
     card = ModelCard.load(tmp_path / "m" / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.base_model) == ("transformers", "fill-mask", None)
+    told = card.data.to_dict()
+    assert (told["library_name"], told["pipeline_tag"], card.data.base_model) == ("transformers", "fill-mask", None)
     assert card.data.model_name == "tiny" and {"bert", "distlm"} <= set(card.data.tags)
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"loss": 1.5, "perplexity": 4.48, "accuracy": 0.5}
