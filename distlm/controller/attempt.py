@@ -26,7 +26,6 @@ from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.trainer import Incarnation
 from distlm.data.notes import PreparationProgress, notes
-from distlm.devices import cpu_multiplies_bf16
 from distlm.errors import (
     Cancelled,
     CheckpointError,
@@ -119,11 +118,6 @@ class AttemptController:
     def _check_cluster(self, cluster: Cluster) -> None:
         """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
-        if cluster.device == "cpu" and self.config.training.mixed_precision == "bf16" and not cpu_multiplies_bf16():
-            self.progress.say(
-                "warning: this CPU has no bf16 instructions, and bf16 is about ten times slower than fp32 on it "
-                "(training.mixed_precision: no)"
-            )
         preflight.check_capacity(self.config, cluster)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()

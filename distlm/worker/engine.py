@@ -7,11 +7,12 @@
     for each step: set_learning_rate(engine, lr); forward and accelerator.backward per micro batch
 
 **Precision.** `bf16` means fp32 parameters under torch autocast (DeepSpeed's `torch_autocast`) at every stage. The
-parameters, the gradients, their sum over micro batches and their reduction over ranks are fp32; the matrix products
-are bf16. So the stages compute the same numbers up to the order of a sum, and a checkpoint goes from one to another.
-DeepSpeed's own bf16 mode is not used: at stage 0 it accumulates gradients in bf16, and at stage 1 it is another
-optimizer than at stages 2 and 3. `fp16` needs a loss scale, which DeepSpeed's autocast applies after clipping in ZeRO
-stages; it is therefore DeepSpeed's fp16 mode at stages 1 to 3, on GPU only.
+parameters, the gradients, their sum over micro batches and their reduction over ranks are fp32; the matrix products are
+bf16 (on a CPU without bf16 instructions see `cpu_bf16`). So the stages compute the same numbers up to the order of a
+sum, and a checkpoint goes from one to another. DeepSpeed's own bf16 mode is not used: at stage 0 it accumulates
+gradients in bf16, and at stage 1 it is another optimizer than at stages 2 and 3. `fp16` needs a loss scale, which
+DeepSpeed's autocast applies after clipping in ZeRO stages; it is therefore DeepSpeed's fp16 mode at stages 1 to 3, on
+GPU only.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from distlm.errors import InfrastructureError, InputError, Problem
+from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,6 +136,8 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
         InfrastructureError: the ranks cannot reach each other.
     """
     config = deepspeed_config(settings)
+    if settings.device == "cpu" and settings.mixed_precision == "bf16":
+        use_fp32_kernels_for_bf16()
     _prepare_deepspeed_import(settings)
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import psutil
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, PretrainedConfig
 
@@ -79,21 +80,21 @@ class StepTimer:
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """The FLOP/s of `device` in products of large square matrices: the best of as many as fit into `seconds`.
 
-    The second matrix is transposed as in a linear layer; on CPU another layout is up to ten times slower in bfloat16.
-    Measured once in a process.
+    Computed as training does, by a linear layer under autocast. Measured once in a process.
     """
     size = _MATMUL_SIZE[device.type]
     left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype).t()
-    product = left @ right  # not timed: the first one loads the library and picks a kernel
-    _synchronize(device)
+    right = torch.randn(size, size, device=device).to(dtype)
     best_s = float("inf")
-    deadline_s = time.perf_counter() + seconds
-    while best_s == float("inf") or time.perf_counter() < deadline_s:
-        start_s = time.perf_counter()
-        torch.matmul(left, right, out=product)
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        functional.linear(left, right)  # not timed: the first one loads the library and picks a kernel
         _synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
+        deadline_s = time.perf_counter() + seconds
+        while best_s == float("inf") or time.perf_counter() < deadline_s:
+            start_s = time.perf_counter()
+            functional.linear(left, right)
+            _synchronize(device)
+            best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * size**3 / best_s
 
 
