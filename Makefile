@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/throughput.py
 
 clean:

@@ -87,11 +87,21 @@ def torchrun(num_workers: int, threads: int, *command: str | Path) -> None:
         raise SystemExit(done.stdout)
 
 
-def train_with_distlm(run_folder: Path, result: Path) -> None:
-    """One worker of distlm, told by torchrun what rank it is. What rank 0 reports goes to a file."""
+def train_with_distlm(run_folder: Path, result: Path, bound: bool = False) -> None:
+    """One worker of distlm, told by torchrun what rank it is. What rank 0 reports goes to a file.
+
+    `bound`: it keeps to its share of the cores.
+    """
+    from distlm.devices import torch_environment
+
+    if bound:
+        rank, num_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank::num_workers])
+    num_threads = int(os.environ["OMP_NUM_THREADS"])
+    os.environ.update(torch_environment(num_threads))
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(num_threads)
     from distlm.config.attempt import load_attempt
     from distlm.run_folder import RunFolder, read_json
     from distlm.worker.prepare import Prepared
@@ -153,4 +163,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    train_with_distlm(Path(sys.argv[1]), Path(sys.argv[2]))
+    train_with_distlm(Path(sys.argv[1]), Path(sys.argv[2]), bound="--bound" in sys.argv)

@@ -136,7 +136,8 @@ def tree(
 
 
 def train_with_distlm(options: argparse.Namespace, run: Path, result: Path) -> Measured:
-    torchrun(options.num_workers, options.threads, Path(__file__).with_name("common.py"), run, result)
+    script = [Path(__file__).with_name("common.py"), run, result, *["--bound"] * options.bound]
+    torchrun(options.num_workers, options.threads, *script)
     reports = [r for r in json.loads(result.read_text())["reports"] if "train/loss" in r["values"]]
     after = [r for r in reports if r["step"] > options.warmup_steps]
     begin = next(r for r in reports if r["step"] == options.warmup_steps)
@@ -230,7 +231,7 @@ def trainer_main(run_folder: Path, result: Path) -> None:
         result.write_text(json.dumps(asdict(Measured(clock.seconds, statistics.mean(losses), clock.peak_gib))))
 
 
-def parse() -> argparse.Namespace:
+def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--model-type", default="bert", help="any that has a masked-LM class in transformers")
@@ -242,12 +243,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="samples per worker and step")
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--bound", action="store_true", help="bind each worker of distlm to its own cores")
     parser.add_argument("--zero-stage", type=int, help="of distlm; default: distlm's")
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12, help="that are timed; a multiple of the warm-up's")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to prepare and train; default: a temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments or None)
     if options.steps % options.warmup_steps:
         parser.error("--steps must be a multiple of --warmup-steps: losses are logged every so many steps")
     return options

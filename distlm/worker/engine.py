@@ -101,6 +101,8 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         "overlap_comm": stage == 3,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
+        # With True it is an all-reduce as well, of a copy of the bucket (DeepSpeed 0.19.8).
+        "reduce_scatter": False,
         "offload_optimizer": {"device": settings.offload_optimizer_device},
         "offload_param": {"device": settings.offload_param_device},
     }
