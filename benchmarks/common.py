@@ -92,13 +92,13 @@ def train_with_distlm(run_folder: Path, result: Path, bound: bool = False) -> No
 
     `bound`: it keeps to its share of the cores.
     """
-    from distlm.devices import torch_environment
+    from distlm.devices import prepare_process_for_torch
 
     if bound:
         rank, num_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank::num_workers])
     num_threads = int(os.environ["OMP_NUM_THREADS"])
-    os.environ.update(torch_environment(num_threads))
+    prepare_process_for_torch(num_threads)
     import torch
 
     torch.set_num_threads(num_threads)

@@ -39,8 +39,9 @@ def main() -> None:
                     seconds[way].append(step_seconds(options, Path(folder), precision, way, repeat))
                     print(f"{precision} {way}: {seconds[way][-1]:.3f} s", file=sys.stderr)
         print(
-            f"BERT {options.shape}, {precision}; {options.batch} samples of 128 tokens per step in all; {options.steps} "
-            f"steps after {options.warmup_steps}, medians of {options.repeat} (smallest-largest). {machine()}\n"
+            f"BERT {options.shape}, {precision}; {options.batch} samples of 128 tokens per step in all; "
+            f"{options.steps} steps after {options.warmup_steps}, medians of {options.repeat} (smallest-largest). "
+            f"{machine()}\n"
         )
         default_s = statistics.median(seconds[ways[0]])
         rows = [

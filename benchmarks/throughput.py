@@ -136,8 +136,8 @@ def tree(
 
 
 def train_with_distlm(options: argparse.Namespace, run: Path, result: Path) -> Measured:
-    script = [Path(__file__).with_name("common.py"), run, result, *["--bound"] * options.bound]
-    torchrun(options.num_workers, options.threads, *script)
+    bound = ["--bound"] * options.bound
+    torchrun(options.num_workers, options.threads, Path(__file__).with_name("common.py"), run, result, *bound)
     reports = [r for r in json.loads(result.read_text())["reports"] if "train/loss" in r["values"]]
     after = [r for r in reports if r["step"] > options.warmup_steps]
     begin = next(r for r in reports if r["step"] == options.warmup_steps)
@@ -229,6 +229,7 @@ def trainer_main(run_folder: Path, result: Path) -> None:
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e and e["step"] > warmup_steps]
     if os.environ["RANK"] == "0":
         result.write_text(json.dumps(asdict(Measured(clock.seconds, statistics.mean(losses), clock.peak_gib))))
+    torch.distributed.destroy_process_group()  # else a process may abort when it ends, with the gloo threads running
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlm.devices import torch_environment
+from distlm.devices import prepare_process_for_torch
 from distlm.errors import DistlmError, ExitCode
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
@@ -60,8 +60,8 @@ def run_worker(arguments: dict[str, Any]) -> None:
         WORLD_SIZE=str(place.get_world_size()),
         LOCAL_RANK=str(place.get_local_rank()),
         LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
-        **torch_environment(told.cpus_per_worker),  # over what Ray sets from the resources asked for
     )
+    prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
     try:
         _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:

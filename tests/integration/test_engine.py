@@ -28,6 +28,7 @@ from tiny_training import (
 from distlm.errors import AttestationError, InputError
 from distlm.worker import zero_state
 from distlm.worker.attest import Expected, attest, gather_facts
+from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
 from distlm.worker.engine import EngineSettings, deepspeed_config, full_shape, global_grad_norm, parameter_groups
 
 STAGES = (0, 1, 2, 3)
@@ -96,6 +97,7 @@ def engine_checks(init: Path, stage: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "workers": (accelerator.num_processes, accelerator.process_index, str(accelerator.device)),
         "mlflow": sys.modules.get("mlflow") is not None,
+        "bf16 kernels chosen": use_fp32_kernels_for_bf16.cache_info().currsize,
         "dtypes": {str(parameter.dtype) for parameter in engine.module.parameters()},
         "groups": [group["weight_decay"] for group in engine.optimizer.param_groups],
         "partitioned": all(hasattr(parameter, "ds_id") for parameter in engine.module.parameters()),
@@ -134,6 +136,7 @@ def test_engines_are_what_was_asked_for(init: Path, group_exists: bool, stages: 
         for stage, seen in by_stage.items():
             assert seen["workers"] == (WORLD_SIZE, rank, "cpu")
             assert not seen["mlflow"]
+            assert seen["bf16 kernels chosen"]
             assert seen["dtypes"] == {"torch.float32"}
             assert seen["groups"] == [0.1, 0.0]
             assert seen["partitioned"] == (stage == 3)
