@@ -13,13 +13,14 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import library
 
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
 """Of what torch's autocast computes in bf16, the part that encoders use."""
 
 
 @cache
-def use_fp32_kernels_for_bf16() -> torch.library.Library | None:
+def use_fp32_kernels_for_bf16() -> library.Library | None:
     """Have autocast on CPU, in this process, compute bf16 products in fp32 if torch has no fast kernels for them.
 
     The returned object must live as long as that shall last; the cache holds it. None: torch's own kernels are fast.
@@ -29,13 +30,13 @@ def use_fp32_kernels_for_bf16() -> torch.library.Library | None:
     return replace_autocast_products()
 
 
-def replace_autocast_products() -> torch.library.Library:
-    library = torch.library.Library("aten", "IMPL")
+def replace_autocast_products() -> library.Library:
+    replacements = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for name in _PRODUCTS:
-            library.impl(name, partial(_round_and_compute, getattr(torch.ops.aten, name)), "AutocastCPU")
-    return library
+            replacements.impl(name, partial(_round_and_compute, getattr(torch.ops.aten, name)), "AutocastCPU")
+    return replacements
 
 
 def _round_and_compute(product: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -32,9 +32,9 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
 
 @pytest.fixture
 def replaced() -> Iterator[None]:
-    library = replace_autocast_products()
+    replacements = replace_autocast_products()
     yield
-    library._destroy()
+    replacements._destroy()
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
