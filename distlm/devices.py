@@ -1,4 +1,4 @@
-"""What this machine computes on, found without torch. Standard library only."""
+"""What this machine computes on, and how a process is made ready to compute; without torch. Standard library only."""
 
 from __future__ import annotations
 
