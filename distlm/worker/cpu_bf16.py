@@ -35,23 +35,69 @@ def replace_autocast_products() -> library.Library:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for name in _PRODUCTS:
-            replacements.impl(name, partial(_round_and_compute, getattr(torch.ops.aten, name)), "AutocastCPU")
+            kernel = _linear if name == "linear" else partial(_product, getattr(torch.ops.aten, name))
+            replacements.impl(name, kernel, "AutocastCPU")
     return replacements
 
 
-def _round_and_compute(product: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    operator = torch.ops.aten.linear
+    if not _is_rounded(input) or not _is_rounded(weight) or input.dim() < 2:
+        return _product(operator, input, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        dtype = torch.get_autocast_dtype("cpu")
+        return _MatMul.apply(lambda left, right, bias: operator(left, right.t(), bias), input, weight.t(), bias, dtype)
+
+
+def _product(operator: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
+        if len(args) == 2 and not kwargs and all(_is_rounded(factor) and factor.dim() >= 2 for factor in args):
+            return _MatMul.apply(lambda left, right, bias: operator(left, right), *args, None, dtype)
         rounded = [_rounded(value, dtype) for value in args]
-        result = product(*rounded, **{name: _rounded(value, dtype) for name, value in kwargs.items()})
+        result = operator(*rounded, **{name: _rounded(value, dtype) for name, value in kwargs.items()})
         return result.to(dtype) if result.dtype == torch.float32 else result
 
 
-def _rounded(value: Any, dtype: torch.dtype) -> Any:
-    """The tensor in fp32 with values that `dtype` can hold; backward rounds its gradient to `dtype`, too.
+class _MatMul(torch.autograd.Function):
+    """`left @ right + bias`. Until backward it keeps the factors as they came, not in the fp32 they are multiplied in."""
 
-    As under autocast, integers and double precision stay as they are.
-    """
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        return value.to(dtype).float()
-    return value
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: Callable[..., torch.Tensor],
+        left: torch.Tensor,
+        right: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.dtype = dtype
+        return operator(_rounded(left, dtype), _rounded(right, dtype), _rounded(bias, dtype)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        left, right = (_rounded(factor, ctx.dtype) for factor in ctx.saved_tensors)
+        _, needs_left, needs_right, needs_bias, _ = ctx.needs_input_grad
+        grad = grad.float()
+        grad_left = grad_right = grad_bias = None
+        if needs_left:
+            grad_left = torch.matmul(grad, right.mT).sum_to_size(left.shape).to(ctx.dtype)
+        if needs_right and right.dim() == 2:
+            # Transposed: right is the transposed weight, and the gradient of the weight comes out contiguous.
+            grad_right = (grad.flatten(0, -2).t() @ left.flatten(0, -2)).t().to(ctx.dtype)
+        elif needs_right:
+            grad_right = torch.matmul(left.mT, grad).sum_to_size(right.shape).to(ctx.dtype)
+        if needs_bias:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.dtype)
+        return None, grad_left, grad_right, grad_bias, None
+
+
+def _is_rounded(value: Any) -> bool:
+    """Integers and double precision stay as they are, as under autocast."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    """The tensor in fp32 with values that `dtype` can hold; backward rounds its gradient to `dtype`, too."""
+    return value.to(dtype).float() if _is_rounded(value) else value

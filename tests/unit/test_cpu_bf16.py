@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlm.worker.cpu_bf16 import replace_autocast_products
@@ -18,6 +19,9 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
     "linear": (lambda x, w, b: functional.linear(x, w.t(), b), [(4, *LEFT), RIGHT, BIAS]),
     "linear without bias": (lambda x, w: functional.linear(x, w.t()), [LEFT, RIGHT]),
     "matmul": (torch.matmul, [(3, 2, *LEFT), (2, *RIGHT)]),
+    "matmul of a broadcast batch": (torch.matmul, [(3, 1, *LEFT), (2, *RIGHT)]),
+    "matmul with a vector": (torch.matmul, [LEFT, RIGHT[:1]]),
+    "linear of a vector": (lambda x, w, b: functional.linear(x, w.t(), b), [LEFT[1:], RIGHT, BIAS]),
     "mm": (torch.mm, [LEFT, RIGHT]),
     "bmm": (torch.bmm, [(3, *LEFT), (3, *RIGHT)]),
     "addmm": (torch.addmm, [BIAS, LEFT, RIGHT]),
@@ -73,6 +77,41 @@ def test_fp32_and_bf16_outside_of_autocast_stay_as_they_are(replaced: None) -> N
         with torch.autocast("cpu", enabled=False):
             assert torch.equal(left @ right, torch.mm(left, right))
     assert (left @ right).dtype == torch.float32
+
+
+def test_backward_keeps_the_factors_and_no_copies_of_them(replaced: None) -> None:
+    """Copies in fp32 of all activations and weights would be what bf16 is meant to spare."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32)
+    inputs = torch.randn(8, 64).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            projected = layer(inputs)
+            product = torch.matmul(projected, projected.mT)
+        product.float().sum().backward()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert storages == {tensor.untyped_storage().data_ptr() for tensor in (inputs, layer.weight, projected)}
+
+
+def test_compiled_and_checkpointed_gradients_are_the_same(replaced: None) -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 32))
+    inputs = torch.randn(8, 64)
+
+    def gradients(forward: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        layers.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = forward(inputs)
+        outputs.float().square().mean().backward()
+        return [parameter.grad.clone() for parameter in layers.parameters() if parameter.grad is not None]
+
+    plain = gradients(layers)
+    checkpointed = gradients(lambda inputs: checkpoint(layers, inputs, use_reentrant=False))  # type: ignore[no-any-return]
+    compiled = gradients(torch.compile(layers))
+    assert len(plain) == 4
+    for values, others in ((checkpointed, 0.0), (compiled, 2**-7)):
+        torch.testing.assert_close(values, plain, rtol=others, atol=others * 1e-2)
 
 
 def test_no_kernel_multiplies_in_bf16(replaced: None) -> None:
