@@ -20,11 +20,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from distlm.errors import InfrastructureError, InputError, Problem
@@ -153,7 +154,7 @@ def make_accelerator(settings: EngineSettings) -> Accelerator:
             mixed_precision="no",
             kwargs_handlers=[backend],
         )
-    except torch.distributed.DistNetworkError as error:
+    except dist.DistNetworkError as error:
         raise InfrastructureError(f"the workers cannot meet at rank 0: {error}") from error
 
 
@@ -216,8 +217,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     Raises:
         InputError: the model cannot be trained at this ZeRO stage.
     """
+    from deepspeed.runtime.zero import stage_1_and_2
+
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _refuse_empty_parameters(model)
+    if dist.get_backend() == "gloo":
+        stage_1_and_2.all_gather_dp_groups = _gather_partitions_in_place
     engine, _ = accelerator.prepare(model, optimizer)
     if engine.zero_optimization_stage() == 0:
         _watch_grad_norm(engine)
@@ -233,6 +238,25 @@ def _refuse_empty_parameters(model: nn.Module) -> None:
         if full_shape(parameter).numel() == 0:
             message = f"the parameter {name} of the model has no elements, which stage 3 cannot train; use 0, 1 or 2"
             raise InputError(Problem(message, "deepspeed.zero_stage", "3"))
+
+
+def _gather_partitions_in_place(
+    groups_flat: Sequence[torch.Tensor],
+    partitioned_param_groups: Sequence[Sequence[torch.Tensor]],
+    dp_process_group: Sequence[dist.ProcessGroup],
+    **_: Any,
+) -> None:
+    """Give every worker each other's partition of the weights after a step of ZeRO 1 and 2; of DeepSpeed's signature.
+
+    gloo's all-gather (torch 2.13) does it by way of two copies of all weights, in three times the time.
+    """
+    for partitions, group in zip(partitioned_param_groups, dp_process_group, strict=True):
+        rank = dist.get_rank(group)
+        others = [other for other in range(len(partitions)) if other != rank]
+        transfers = [dist.irecv(partitions[other], group=group, group_src=other) for other in others]
+        transfers += [dist.isend(partitions[rank], group=group, group_dst=other) for other in others]
+        for transfer in transfers:
+            transfer.wait()
 
 
 def _watch_grad_norm(engine: DeepSpeedEngine) -> None:

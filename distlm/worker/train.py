@@ -33,7 +33,7 @@ from distlm.tracking.startup import Phase
 from distlm.verify_resume.samples import MicroBatch
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
-from distlm.worker.cpu_dropout import use_cpu_dropout
+from distlm.worker.cpu_layers import use_cpu_layers
 from distlm.worker.engine import (
     EngineSettings,
     build_optimizer,
@@ -145,7 +145,7 @@ class Worker:
         )
         self.task.attach(model)
         if self.settings.device == "cpu" and not config.training.torch_compile:
-            use_cpu_dropout(model)
+            use_cpu_layers(model)
         optimizer = build_optimizer(
             parameter_groups(model, config.training.weight_decay),
             learning_rate=config.training.learning_rate,

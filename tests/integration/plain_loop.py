@@ -22,7 +22,7 @@ from distlm.config.schema import RunConfig, TrainingConfig
 from distlm.data.order import permute, samples
 from distlm.data.pack import PackedDataset
 from distlm.tasks import make_task
-from distlm.worker.cpu_dropout import use_cpu_dropout
+from distlm.worker.cpu_layers import use_cpu_layers
 from distlm.worker.prepare import Prepared
 
 
@@ -47,7 +47,7 @@ def plain_training(config: RunConfig, prepared: Prepared, initial_model: Path) -
     task = make_task(config, prepared, initial_model.parent / "tokenizer")
     data = PackedDataset([Path(path) for path in prepared.train_paths])
     model = load(initial_model).train()
-    use_cpu_dropout(model)
+    use_cpu_layers(model)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     undecayed = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""Dropout on CPU: how many elements, how scaled, from which numbers, and in attention."""
+"""Dropout on CPU: how many elements, how scaled, from which numbers; and attention with it or in bf16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distlm.worker.cpu_dropout import Dropout, attention, dropout, use_cpu_dropout
+from distlm.worker.cpu_layers import Dropout, attention, dropout, use_cpu_layers
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1e-3])
@@ -61,13 +61,43 @@ def test_attention_without_dropout_is_that_of_torch(is_padded: bool) -> None:
     assert torch.allclose(attention(nn.Module(), query, key, value, given, 0.0, None), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", [24, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_attention_in_bf16_is_not_fused(
+    own_attention: None, dtype: torch.dtype, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are those of double precision however it is computed."""
+    fused = nn.functional.scaled_dot_product_attention
+    computed_by: list[str] = []
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda *a, **k: computed_by.append("torch") or fused(*a, **k)
+    )
+    use_cpu_layers(nn.Module())
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.is_causal = False  # type: ignore[assignment]
+    inputs = torch.randn(3, 2, 4, positions, 8).to(dtype)
+    given, exact = inputs.clone().requires_grad_(), inputs.double().requires_grad_()
+    result, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *given, None)
+    expected = fused(*exact).transpose(1, 2)
+    upstream = torch.randn(result.shape).to(dtype)
+    result.backward(upstream)
+    expected.backward(upstream.double())
+    assert result.dtype == dtype
+    assert computed_by == ([] if dtype == torch.bfloat16 and positions == 24 else ["torch"])
+    assert given.grad is not None and exact.grad is not None
+    for computed, true in ((result.detach(), expected.detach()), (given.grad, exact.grad)):
+        error = float((computed.double() - true).norm() / true.norm())
+        assert error < (2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
 def test_a_model_draws_all_of_its_dropout_here(own_attention: None) -> None:
     """With every probability 1, nothing but the biases is left; in evaluation nothing is dropped."""
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     model = BertForMaskedLM(config)
     input_ids = torch.arange(20).view(2, 10)
     reference = model.eval()(input_ids=input_ids).logits
-    use_cpu_dropout(model)
+    use_cpu_layers(model)
     assert not [module for module in model.modules() if type(module) is nn.Dropout]
     assert torch.equal(model(input_ids=input_ids).logits, reference)
     model.train()
