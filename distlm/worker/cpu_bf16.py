@@ -42,7 +42,7 @@ def replace_autocast_products() -> library.Library:
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     operator = torch.ops.aten.linear
-    if not _is_rounded(input) or not _is_rounded(weight) or input.dim() < 2:
+    if not _are_matrices(input, weight):
         return _product(operator, input, weight, bias)
     with torch.autocast("cpu", enabled=False):
         dtype = torch.get_autocast_dtype("cpu")
@@ -52,7 +52,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def _product(operator: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        if len(args) == 2 and not kwargs and all(_is_rounded(factor) and factor.dim() >= 2 for factor in args):
+        if len(args) == 2 and not kwargs and _are_matrices(*args):
             return _MatMul.apply(lambda left, right, bias: operator(left, right), *args, None, dtype)
         rounded = [_rounded(value, dtype) for value in args]
         result = operator(*rounded, **{name: _rounded(value, dtype) for name, value in kwargs.items()})
@@ -60,7 +60,7 @@ def _product(operator: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -
 
 
 class _MatMul(torch.autograd.Function):
-    """`left @ right + bias`. Until backward it keeps the factors as they came, not in the fp32 they are multiplied in."""
+    """`left @ right + bias`. Backward gets the factors as they came, not copies in the fp32 they are multiplied in."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class _MatMul(torch.autograd.Function):
         return operator(_rounded(left, dtype), _rounded(right, dtype), _rounded(bias, dtype)).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         left, right = (_rounded(factor, ctx.dtype) for factor in ctx.saved_tensors)
         _, needs_left, needs_right, needs_bias, _ = ctx.needs_input_grad
         grad = grad.float()
@@ -93,11 +93,15 @@ class _MatMul(torch.autograd.Function):
         return None, grad_left, grad_right, grad_bias, None
 
 
-def _is_rounded(value: Any) -> bool:
+def _are_matrices(*factors: Any) -> bool:
+    return all(_gets_rounded(factor) and factor.dim() >= 2 for factor in factors)
+
+
+def _gets_rounded(value: Any) -> bool:
     """Integers and double precision stay as they are, as under autocast."""
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:
     """The tensor in fp32 with values that `dtype` can hold; backward rounds its gradient to `dtype`, too."""
-    return value.to(dtype).float() if _is_rounded(value) else value
+    return value.to(dtype).float() if _gets_rounded(value) else value

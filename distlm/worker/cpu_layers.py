@@ -22,7 +22,7 @@ def dropout(tensor: torch.Tensor, p: float) -> torch.Tensor:
     if not num_dropped:
         return tensor
     draws = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
-    # Compared in place, and multiplied as int8: torch has vectorised kernels for these, and none that give or take bool.
+    # Compared in place and multiplied as int8: torch's kernels for these are vectorised, those with bool are not.
     is_kept = draws.view(torch.int16)[:numel].gt_(num_dropped - _VALUES // 2 - 1).to(torch.int8).view(tensor.shape)
     return (tensor * is_kept).mul_(_VALUES / max(_VALUES - num_dropped, 1))
 

@@ -256,6 +256,7 @@ def _gather_partitions_in_place(
         transfers = [dist.irecv(partitions[other], group=group, group_src=other) for other in others]
         transfers += [dist.isend(partitions[rank], group=group, group_dst=other) for other in others]
         for transfer in transfers:
+            assert transfer is not None, "this worker is in the group"
             transfer.wait()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from distlm.worker.cpu_bf16 import replace_autocast_products
 
@@ -85,8 +85,13 @@ def test_backward_keeps_the_factors_and_no_copies_of_them(replaced: None) -> Non
     layer = torch.nn.Linear(64, 32)
     inputs = torch.randn(8, 64).bfloat16().requires_grad_()
     kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             projected = layer(inputs)
             product = torch.matmul(projected, projected.mT)
         product.float().sum().backward()
