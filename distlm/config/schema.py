@@ -244,7 +244,7 @@ class TrainingConfig(Section):
     """Metric of the evaluation that tells the best checkpoint, among those whose step was evaluated."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy of the state in host memory (12 bytes per parameter, divided by
-    the workers); false: training waits until each is written."""
+    the workers); false: training waits until each is written, as it does in any case where only the end is saved."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be saved (full disk, no permission): fail the run at once, or warn and try again at the
     next `save_steps`. Earlier checkpoints stay; without one at the end the run fails in any case."""

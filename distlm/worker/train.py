@@ -114,6 +114,12 @@ def is_due(step: int, interval: int | None, last_step: int) -> bool:
     return step == last_step or (interval is not None and step % interval == 0)
 
 
+def saves_beside_training(config: TrainingConfig, last_step: int) -> bool:
+    """Whether checkpoints are written in the background. Where only the end is saved, there is no training to go on
+    beside it, and no copy of the state is worth its memory."""
+    return config.async_save and config.save_steps is not None and config.save_steps < last_step
+
+
 class Worker:
     """One rank's engine, data and clocks; its methods are the parts of the loop."""
 
@@ -161,7 +167,7 @@ class Worker:
             self.engine,
             CheckpointStore(context.run.checkpoints),
             seed=config.seed,
-            asynchronous=config.training.async_save,
+            asynchronous=saves_beside_training(config.training, prepared.total_steps),
             retention=Retention(
                 config.training.save_total_limit,
                 metric=f"eval/{config.training.metric_for_best_model}",
