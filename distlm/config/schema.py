@@ -71,8 +71,8 @@ class ModelConfig(Section):
     pad_vocab_to_multiple_of: PositiveInt = 64
     """From scratch, where `vocab_size` is not given: round the tokenizer's number of tokens up to a multiple of this,
     which GPUs multiply faster by (8 or more for Tensor Cores). The additional embeddings stand for no token."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel, by transformers' name."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel, by transformers' name; null: sdpa where the model has it, else eager."""
 
 
 class TrainedTokenizer(Section):

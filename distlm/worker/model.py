@@ -163,8 +163,8 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
         raise
     except Exception as error:  # the constructors of models raise errors of many kinds
         if "attention implementation" in str(error) or "Flash" in str(error):
-            message = f"a {model_config.model_type} in transformers does not have it here; use eager"
-            raise InputError(Problem(message, "model.attn_implementation", attn)) from error
+            message = f"a {model_config.model_type} in transformers does not have it here; leave it out, or use eager"
+            raise InputError(Problem(message, "model.attn_implementation", attn or "")) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
         raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
     with whole_folder(folder) as temporary:
@@ -194,7 +194,7 @@ def _require_logits(model: PreTrainedModel, max_seq_length: int) -> None:
 
 
 def load_model(
-    folder: Path, attn_implementation: str, gradient_checkpointing: bool = False, torch_compile: bool = False
+    folder: Path, attn_implementation: str | None, gradient_checkpointing: bool = False, torch_compile: bool = False
 ) -> PreTrainedModel:
     """Load saved weights in fp32. Under ZeRO-3 (once the Accelerator exists) each rank keeps its part only."""
     model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(

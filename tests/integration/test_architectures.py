@@ -38,8 +38,7 @@ STEPS = 3
 
 
 def model_section(model_type: str) -> dict[str, Any]:
-    attn = "eager" if model_type == "deberta-v2" else "sdpa"
-    return {"config": {"model_type": model_type, **ARCHITECTURES[model_type]}, "attn_implementation": attn}
+    return {"config": {"model_type": model_type, **ARCHITECTURES[model_type]}}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
         shutil.copytree(scratch.run.init / "model", folder / "model")
         shutil.copytree(scratch.run.init / "tokenizer", folder / "model", dirs_exist_ok=True)
         section = {"name_or_path": str(folder / "model")}
-        attn = {"attn_implementation": model_section(model_type)["attn_implementation"]}
-        bases[f"{model_type}, pretrained"] = make_base(folder / "pretrained", {**section, **attn})
+        bases[f"{model_type}, pretrained"] = make_base(folder / "pretrained", section)
     return bases
 
 
@@ -121,7 +119,7 @@ def losses_and_gradients(base: Base, model_type: str, stage: int, masked_only: b
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(EngineSettings(stage))
-    model = load_model(base.run.init / "model", model_section(model_type)["attn_implementation"])
+    model = load_model(base.run.init / "model", None)
     task = MaskedLM(base.config(f"task.masked_only_head={masked_only}".lower()).task, 0, base.prepared)
     task.attach(model)
     engine = prepare(accelerator, model, build_optimizer(parameter_groups(model, 0.0), learning_rate=0.0))

@@ -334,7 +334,8 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
         # RoBERTa's positions begin after that of the padding token, which is 0 here.
         ([model_config(model_type="roberta", max_position_embeddings=32, **SMALL)], "data.max_seq_length",
          "32 tokens are more than the 31 positions of the model (roberta)"),
-        ([model_config(model_type="deberta-v2", **SMALL)], "model.attn_implementation", "does not have it here; use eager"),
+        ([model_config(model_type="deberta-v2", **SMALL), "model.attn_implementation=sdpa"], "model.attn_implementation",
+         "does not have it here; leave it out, or use eager"),
         (["training.lr_scheduler_type=cosine", "training.lr_scheduler_kwargs={power: 2}"], "training.lr_scheduler_kwargs",
          "unexpected keyword argument 'power'"),
         (["training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_kwargs", "min_lr or min_lr_rate"),
