@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from torch import nn
 
 from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
+from distlm.worker.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
 MixedPrecision = Literal["no", "fp16", "bf16"]
 OffloadDevice = Literal["none", "cpu"]
 
-REDUCE_BUCKET_NUMEL = 50_000_000
-"""Elements that ZeRO reduces or gathers in one go: 200 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a GPU."""
+REDUCE_BUCKET_NUMEL = {"cuda": 50_000_000, "cpu": 4_000_000}
+"""Elements that ZeRO reduces or gathers in one go: 200 and 16 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a
+GPU. On CPU there is no latency to hide, and a bucket is memory that is new in every step."""
+
+_NORM_NUMEL = 2**18  # elements of a gradient whose norm is taken in one go
 
 NO_CLIPPING_NORM = 1e30
 """Given to DeepSpeed at stage 0 in place of 0, because with 0 it never computes the gradient norm there."""
@@ -62,7 +67,7 @@ class EngineSettings:
     offload_optimizer_device: OffloadDevice = "none"
     offload_param_device: OffloadDevice = "none"
     device: Literal["cpu", "cuda"] = "cpu"
-    num_parameters: int = REDUCE_BUCKET_NUMEL
+    num_parameters: int | None = None
 
 
 def check_settings(settings: EngineSettings) -> None:
@@ -94,7 +99,9 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """
     check_settings(settings)
     stage = settings.zero_stage
-    bucket_numel = min(REDUCE_BUCKET_NUMEL, settings.num_parameters)  # allocated in full, whatever the model's size
+    bucket_numel = REDUCE_BUCKET_NUMEL[settings.device]
+    if settings.num_parameters is not None:
+        bucket_numel = min(bucket_numel, settings.num_parameters)  # allocated in full, whatever the model's size
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket_numel,
@@ -217,15 +224,15 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     Raises:
         InputError: the model cannot be trained at this ZeRO stage.
     """
-    from deepspeed.runtime.zero import stage_1_and_2
-
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _refuse_empty_parameters(model)
     if dist.get_backend() == "gloo":
-        stage_1_and_2.all_gather_dp_groups = _gather_partitions_in_place
+        _communicate_in_place()
     engine, _ = accelerator.prepare(model, optimizer)
     if engine.zero_optimization_stage() == 0:
         _watch_grad_norm(engine)
+    elif engine.zero_optimization_stage() in (1, 2):
+        _take_norms_piecewise(engine.optimizer)
     return engine
 
 
@@ -240,24 +247,72 @@ def _refuse_empty_parameters(model: nn.Module) -> None:
             raise InputError(Problem(message, "deepspeed.zero_stage", "3"))
 
 
-def _gather_partitions_in_place(
-    groups_flat: Sequence[torch.Tensor],
-    partitioned_param_groups: Sequence[Sequence[torch.Tensor]],
-    dp_process_group: Sequence[dist.ProcessGroup],
-    **_: Any,
-) -> None:
-    """Give every worker each other's partition of the weights after a step of ZeRO 1 and 2; of DeepSpeed's signature.
+def _communicate_in_place() -> None:
+    """Have DeepSpeed sum gradients, and gather the weights after a step of ZeRO 1 and 2, without gloo's detours.
 
-    gloo's all-gather (torch 2.13) does it by way of two copies of all weights, in three times the time.
+    On one host that is memory which the workers share. gloo's all-gather (torch 2.13) makes two copies of all weights,
+    in three times the time of sending the parts to where they belong.
     """
-    for partitions, group in zip(partitioned_param_groups, dp_process_group, strict=True):
-        rank = dist.get_rank(group)
-        others = [other for other in range(len(partitions)) if other != rank]
-        transfers = [dist.irecv(partitions[other], group=group, group_src=other) for other in others]
-        transfers += [dist.isend(partitions[rank], group=group, group_dst=other) for other in others]
-        for transfer in transfers:
-            assert transfer is not None, "this worker is in the group"
-            transfer.wait()
+    from deepspeed import comm
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    shared = SharedMemory.join()
+    gloo_all_reduce = getattr(comm.all_reduce, "__wrapped__", comm.all_reduce)  # of an engine before this one
+
+    @wraps(gloo_all_reduce)
+    def all_reduce(
+        tensor: torch.Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+        **others: Any,
+    ) -> Any:
+        if shared and op == dist.ReduceOp.SUM and _is_world(group) and not async_op and shared.takes(tensor):
+            return shared.all_reduce(tensor)
+        return gloo_all_reduce(tensor, op, group, async_op, **others)
+
+    def all_gather_dp_groups(
+        groups_flat: Sequence[torch.Tensor],
+        partitioned_param_groups: Sequence[Sequence[torch.Tensor]],
+        dp_process_group: Sequence[dist.ProcessGroup],
+        **_: Any,
+    ) -> None:
+        for partitions, group in zip(partitioned_param_groups, dp_process_group, strict=True):
+            if shared and _is_world(group) and shared.takes(partitions[0]):
+                shared.all_gather(partitions)
+            else:
+                _exchange(partitions, group)
+
+    comm.all_reduce = all_reduce
+    stage_1_and_2.all_gather_dp_groups = all_gather_dp_groups
+
+
+def _is_world(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_world_size(group) == dist.get_world_size()
+
+
+def _exchange(parts: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Fill the parts of the other ranks with what they have in theirs."""
+    rank = dist.get_rank(group)
+    others = [other for other in range(len(parts)) if other != rank]
+    transfers = [dist.irecv(parts[other], group=group, group_src=other) for other in others]
+    transfers += [dist.isend(parts[rank], group=group, group_dst=other) for other in others]
+    for transfer in transfers:
+        assert transfer is not None, "this worker is in the group"
+        transfer.wait()
+
+
+def _take_norms_piecewise(optimizer: Any) -> None:
+    """Of gradients at ZeRO 1 and 2: DeepSpeed 0.19.8 copies each to double precision for it, which is large in one."""
+    norm_of_whole_tensors = optimizer.get_grad_norm_direct
+
+    def norm(gradients: Iterable[torch.Tensor], parameters: Iterable[nn.Parameter], norm_type: int = 2) -> torch.Tensor:
+        real = (g for g in gradients if not getattr(g, "_zero_padding", False))
+        pieces = [(piece, p) for g, p in zip(real, parameters, strict=False) for piece in g.view(-1).split(_NORM_NUMEL)]
+        norm_of_all: torch.Tensor = norm_of_whole_tensors([g for g, _ in pieces], [p for _, p in pieces], norm_type)
+        return norm_of_all
+
+    optimizer.get_grad_norm_direct = norm
 
 
 def _watch_grad_norm(engine: DeepSpeedEngine) -> None:

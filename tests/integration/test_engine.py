@@ -26,7 +26,8 @@ from tiny_training import (
 )
 
 from distlm.errors import AttestationError, InputError
-from distlm.worker import zero_state
+from distlm.worker import engine as engine_module
+from distlm.worker import shared_memory, zero_state
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
 from distlm.worker.engine import EngineSettings, deepspeed_config, full_shape, global_grad_norm, parameter_groups
@@ -79,6 +80,33 @@ def test_fp32_matches_a_plain_loop_at_every_stage(init: Path) -> None:
         assert largest_difference(losses, plain_losses) < 1e-5
         assert largest_difference(norms, plain_norms) < 1e-5
     assert plain_losses[-1] < plain_losses[0] - 0.1
+
+
+def curves_in_pieces(init: Path, cases: list[tuple[EngineSettings, int]]) -> tuple[list[Any], int]:
+    """The curves where all that passes between the workers does so through shared memory, in pieces of 1 KiB, and how
+    many pieces there were."""
+    num_pieces = 0
+
+    class Counted(shared_memory.SharedMemory):
+        def _next_halves(self, chunk: torch.Tensor) -> list[torch.Tensor]:
+            nonlocal num_pieces
+            num_pieces += 1
+            return super()._next_halves(chunk)
+
+    shared_memory._WORTH_IT_BYTES, shared_memory._SEGMENT_BYTES = 0, 2048
+    engine_module.SharedMemory, engine_module._NORM_NUMEL = Counted, 100  # type: ignore[misc]
+    return curves(init, cases), num_pieces
+
+
+def test_it_matches_where_tensors_are_larger_than_every_buffer(init: Path) -> None:
+    """Sizes that large models meet: gradients larger than the bucket, the shared memory and a piece of the norm."""
+    cases = [(settings(stage, max_grad_norm=MAX_GRAD_NORM, num_parameters=500), 8) for stage in STAGES]
+    plain_losses, plain_norms = plain_curve(init, 8, MAX_GRAD_NORM)
+    for results, num_pieces in run_on_ranks(curves_in_pieces, WORLD_SIZE, init, cases):
+        assert num_pieces > 100
+        for losses, norms in results:
+            assert largest_difference(losses, plain_losses) < 1e-5
+            assert largest_difference(norms, plain_norms) < 1e-5
 
 
 def test_bf16_gives_the_same_curve_at_every_stage(init: Path) -> None:
