@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 MixedPrecision = Literal["no", "fp16", "bf16"]
 OffloadDevice = Literal["none", "cpu"]
 
-REDUCE_BUCKET_NUMEL = {"cuda": 50_000_000, "cpu": 4_000_000}
-"""Elements that ZeRO reduces or gathers in one go: 200 and 16 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a
-GPU. On CPU there is no latency to hide, and a bucket is memory that is new in every step."""
+REDUCE_BUCKET_NUMEL = 50_000_000
+"""Elements that ZeRO reduces or gathers in one go: 200 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a GPU."""
 
 _NORM_NUMEL = 2**18  # elements of a gradient whose norm is taken in one go
 
@@ -67,7 +66,7 @@ class EngineSettings:
     offload_optimizer_device: OffloadDevice = "none"
     offload_param_device: OffloadDevice = "none"
     device: Literal["cpu", "cuda"] = "cpu"
-    num_parameters: int | None = None
+    num_parameters: int = REDUCE_BUCKET_NUMEL
 
 
 def check_settings(settings: EngineSettings) -> None:
@@ -99,9 +98,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """
     check_settings(settings)
     stage = settings.zero_stage
-    bucket_numel = REDUCE_BUCKET_NUMEL[settings.device]
-    if settings.num_parameters is not None:
-        bucket_numel = min(bucket_numel, settings.num_parameters)  # allocated in full, whatever the model's size
+    bucket_numel = min(REDUCE_BUCKET_NUMEL, settings.num_parameters)  # allocated in full, whatever the model's size
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket_numel,
