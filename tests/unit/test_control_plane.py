@@ -18,7 +18,7 @@ training: {max_steps: 10}
 """
 HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
 CONTROL_PLANE = [
-    "cli.py", "errors.py", "run_folder.py", "checkpoint", "config", "launchers", "verify_resume", "data/sources.py",
+    "cli.py", "commands", "errors.py", "run_folder.py", "checkpoint", "config", "launchers", "verify_resume", "data/sources.py",
     "data/readers.py", "data/python_docs.py",
 ]  # fmt: skip
 DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")

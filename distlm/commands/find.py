@@ -1,0 +1,24 @@
+"""Which run a user means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distlm.errors import InputError
+from distlm.run_folder import RunFolder
+
+
+def find_run(runs_dir: Path, name: str) -> RunFolder:
+    """The run named by its id, a beginning of it, its folder, or 'last'. Raises InputError unless it is exactly one."""
+    if (Path(name) / "run.yaml").is_file() and (Path(name) / "attempts").is_dir():
+        return RunFolder(Path(name).absolute())
+    known = sorted(path.parent for path in runs_dir.absolute().glob("*/run.yaml"))
+    found = known[-1:] if name == "last" else [path for path in known if path.name.startswith(name)]
+    if len(found) == 1:
+        return RunFolder(found[0])
+    if not found:
+        newest = ", ".join(path.name for path in known[-5:]) or "none"
+        raise InputError(
+            f"there is no run {name} in {runs_dir} (newest runs: {newest}); use --runs-dir for another folder"
+        )
+    raise InputError(f"{name} is the beginning of {len(found)} runs: {', '.join(path.name for path in found[:5])}")
