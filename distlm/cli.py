@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000"
         )
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
+        verb.add_argument("--json", action="store_true", help="print events for programs, one line of JSON each")
 
     validate = verbs.add_parser("validate", help="check a config and its local files, listing all problems")
     validate.add_argument("config", type=Path, help="YAML file")

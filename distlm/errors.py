@@ -18,7 +18,7 @@ Exit code 0 means succeeded, and nothing else does. This module belongs to the c
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 
@@ -31,6 +31,27 @@ class ExitCode(IntEnum):
     INFRASTRUCTURE = 3
     PREEMPTED = 75
     CANCELLED = 130
+
+
+class Cause(StrEnum):
+    """Why an attempt ended before its time, as result.json and the terminal say it."""
+
+    OUT_OF_MEMORY = "out of memory"
+    USER_DATA = "user data"
+    CODE = "code"
+    """An exception that none of the others explains: the user's code, a library's or ours."""
+    DIVERGENCE = "divergence"
+    """The loss is not a number any more."""
+    NODE_LOST = "node lost"
+    """A worker's process or its host is gone without a word."""
+    HANG = "hang"
+    """Workers waited for another one until a time limit."""
+    STORAGE = "storage"
+    CONFIGURATION = "configuration"
+    INFRASTRUCTURE = "infrastructure"
+    """Ray, the network, the tracker, or the controller itself."""
+    PREEMPTION = "preemption"
+    CANCELLATION = "cancellation"
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,7 @@ class DistlmError(Exception):
     """Base of all errors raised on purpose. The text is one line for the user: cause first, then the remedy."""
 
     exit_code = ExitCode.FAILED
+    cause = Cause.CODE
 
     def __init__(self, message: str = "", failed_ranks: tuple[int, ...] = ()) -> None:
         """`failed_ranks`: where it happened, when all ranks raise it; empty: where it is raised."""
@@ -73,9 +95,12 @@ class InputError(DistlmError):
     """The user's input is wrong. Carries all problems found, so that they are mended in one go."""
 
     exit_code = ExitCode.BAD_INPUT
+    cause = Cause.CONFIGURATION
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(Problem(p) if isinstance(p, str) else p for p in problems)
+        if self.problems and all(problem.key.startswith("data.") for problem in self.problems):
+            self.cause = Cause.USER_DATA
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[Problem, ...]]:
@@ -90,6 +115,8 @@ class TrainingError(DistlmError):
 class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite and the run's policy is to stop."""
 
+    cause = Cause.DIVERGENCE
+
 
 class AttestationError(TrainingError):
     """What is about to train is not what the config asks for."""
@@ -99,10 +126,13 @@ class InfrastructureError(DistlmError):
     """A machine, the network or the storage failed; a new attempt may succeed."""
 
     exit_code = ExitCode.INFRASTRUCTURE
+    cause = Cause.INFRASTRUCTURE
 
 
 class CheckpointError(InfrastructureError):
     """A checkpoint cannot be written, or is missing, torn, altered or of an unknown format version."""
+
+    cause = Cause.STORAGE
 
 
 class UnknownFormatError(CheckpointError):
@@ -114,12 +144,14 @@ class UnreadableError(CheckpointError):
 
 
 class Preempted(DistlmError):
-    """Stopped from outside after a checkpoint was committed; `distlm resume` continues it."""
+    """Stopped from outside in order: what was trained is saved, and `distlm resume` continues it."""
 
     exit_code = ExitCode.PREEMPTED
+    cause = Cause.PREEMPTION
 
 
 class Cancelled(DistlmError):
     """The user asked to stop."""
 
     exit_code = ExitCode.CANCELLED
+    cause = Cause.CANCELLATION

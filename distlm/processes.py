@@ -1,10 +1,23 @@
-"""How a process that `multiprocessing` has started goes when the one that started it has gone."""
+"""Processes that must not outlive those that started them."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop."""
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
 def end_with_parent() -> None:
@@ -22,3 +35,81 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+@contextmanager
+def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
+    """At the end of the block, end all processes that began in it and are descended from this one.
+
+    Meanwhile the kernel makes those whose parent dies children of this process, so that none gets lost.
+    """
+    import psutil
+
+    here = psutil.Process()
+    others = set(here.children())
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+        for _ in range(3):  # what is killed may leave children of its own
+            if left := [child for child in here.children() if child not in others]:
+                end_processes([*left, *(below for child in left for below in descendants(child))], timeout_s)
+    finally:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Those of a process that may have ended by now."""
+    import psutil
+
+    try:
+        found: list[psutil.Process] = process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
+
+
+def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
+    """Wait for processes that are about to end, and kill those that do not."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=timeout_s)
+
+
+def count_oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory, in this process's control group where that can be
+    told, else on this machine; None: not known."""
+    for path in (*_memory_events(), Path("/proc/vmstat")):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        if found := next((line for line in lines if line.startswith("oom_kill ")), None):
+            return int(found.split()[1])
+    return None
+
+
+def _memory_events() -> Iterator[Path]:
+    """Where the control group of this process tells it, for the versions 2 and 1 of control groups. In a container the
+    group's own path may be unknown outside, and the mount point is the group."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            base, name = Path("/sys/fs/cgroup"), "memory.events"
+        elif "memory" in controllers.split(","):
+            base, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+        else:
+            continue
+        yield from (base / group.lstrip("/") / name, base / name)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

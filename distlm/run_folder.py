@@ -23,7 +23,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +33,9 @@ import yaml
 
 from distlm.errors import InputError
 
-LIVENESS_FD = "DISTLM_LIVENESS_FD"
-"""Environment variable: a pipe's file descriptor that the CLI holds open for as long as it lives."""
+COMMAND_FD = "DISTLM_COMMAND_FD"
+"""Environment variable: file descriptor of a socket to the command that waits for the attempt. The controller sends it
+events (see `distlm.view`), one line of JSON each; the other end closes when the command is gone."""
 
 
 def new_run_id() -> str:
@@ -149,6 +150,24 @@ class AttemptFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.path.parent.parent)
+
+    @property
+    def output_log(self) -> Path:
+        """What a detached command shows."""
+        return self.logs / "output.log"
+
+    def reserve(self, name: str) -> Path:
+        """Room for the file `name`, held in case that the storage gets full."""
+        return self.path / f".{name}.reserve"
+
+    def clear_reserves(self) -> None:
+        for path in self.path.glob(".*.reserve"):
+            with suppress(OSError):
+                path.unlink()
 
 
 @dataclass(frozen=True)

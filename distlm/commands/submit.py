@@ -1,53 +1,56 @@
-"""`distlm submit` and `distlm resume`: begin an attempt, and say how it ended."""
+"""`distlm submit` and `distlm resume`: begin an attempt, show how it goes, and say how it ended.
+
+`python -m distlm.commands.submit RUN_FOLDER` does this in the background, for an attempt that has been begun.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
 from distlm.commands.find import find_run
-from distlm.config.attempt import begin_attempt, changed_config, create_run
+from distlm.config.attempt import begin_attempt, changed_config, create_run, load_attempt
 from distlm.config.load import load_config
 from distlm.config.resolve import resolved_tree
+from distlm.config.schema import RunConfig
 from distlm.console import say
-from distlm.errors import ExitCode, Problem
+from distlm.errors import ExitCode
 from distlm.launchers.local import LocalLauncher
-from distlm.run_folder import RunFolder, lease, new_run_id, read_json
+from distlm.redact import redact_uri
+from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json
+from distlm.view import Event, View, make_event
+from distlm.view.choose import make_view
+from distlm.view.ending import command, ending
+from distlm.view.plain import PlainView
 
 
 def submit(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
     loaded = load_config(options.config, options.overrides, launcher.check)
     run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
-    request = launcher.build(loaded.config, run)
     if options.dry_run:
         say(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
-        say(f"# {request}")
+        say(f"# {launcher.build(loaded.config, run)}")
         return ExitCode.SUCCEEDED
     create_run(loaded, run)
-    attempt = begin_attempt(loaded, run, options.overrides)
-    say(f"run {run.run_id} in {os.path.relpath(run.path)}")
-    code = launcher.submit(request, attempt, options.detach)
-    return _report(run, code) if not options.detach else code
+    return _begin(run, begin_attempt(loaded, run, options.overrides), options)
 
 
 def resume(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     last = _last_result(run)
     if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
-        say(f"run {run.run_id} has succeeded; nothing to do")
+        say(f"run {run.run_id} has succeeded; nothing to do", file=sys.stderr if options.json else sys.stdout)
         return ExitCode.SUCCEEDED
-    launcher = LocalLauncher()
-    loaded, changes = changed_config(run, options.overrides, launcher.check)
+    loaded, changes = changed_config(run, options.overrides, LocalLauncher().check)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         attempt = begin_attempt(loaded, run, options.overrides, changes=changes)
-    say(f"run {run.run_id}, attempt {attempt.number}")
-    code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
-    return _report(run, code) if not options.detach else code
+    return _begin(run, attempt, options)
 
 
 def _last_result(run: RunFolder) -> dict[str, object] | None:
@@ -56,22 +59,63 @@ def _last_result(run: RunFolder) -> dict[str, object] | None:
     return result
 
 
-def _report(run: RunFolder, code: int) -> int:
-    """Say how the attempt ended, from its result.json."""
+def _begin(run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace) -> int:
+    """Run an attempt to its end here, or begin it in the background."""
+    view = PlainView(sys.stdout) if options.detach and not options.json else make_view(options.json)
+    config = load_attempt(run, attempt).config
+    view.show(begin_event(config, run, attempt))
+    if not options.detach:
+        return _wait(config, run, attempt, view, as_json=options.json)
+    with open(attempt.output_log, "ab") as log:
+        background = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(run.path)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    follow = f"tail -f {os.path.relpath(attempt.output_log)}"
+    view.show(make_event("note", message=f"in the background; follow: {follow}; stop: kill {background.pid}"))
+    view.close()
+    return ExitCode.SUCCEEDED
 
-    result = read_json(run.attempts()[-1].result_json)
-    where = os.path.relpath
-    if code == ExitCode.SUCCEEDED:
-        say(f"succeeded: model in {where(run.model)}; curves: distlm ui --runs-dir {where(run.runs_dir)}")
-        return code
-    if result["problems"]:
-        for problem in result["problems"]:
-            say(f"distlm: {Problem.from_json(problem)}", file=sys.stderr)
-        return code
-    place = f" on rank {result['rank']}" if result.get("rank") is not None else ""
-    place += f" ({result['host']})" if result.get("host") else ""
-    say(f"distlm: {result['state']}{place}: {result['message']}", file=sys.stderr)
-    say(f"distlm: log: {where(result['log'])}", file=sys.stderr)
-    if any(run.checkpoints.glob("step-*")):
-        say(f"distlm: continue with: distlm resume {run.run_id}", file=sys.stderr)
+
+def _wait(config: RunConfig, run: RunFolder, attempt: AttemptFolder, view: View, as_json: bool = False) -> int:
+    """The exit code of an attempt, when it has ended and the user knows how."""
+    launcher = LocalLauncher()
+    try:
+        code = launcher.submit(launcher.build(config, run), attempt, view)
+    finally:
+        view.close()
+    if not as_json:
+        for line in ending(run, read_json(attempt.result_json)):
+            is_good = code == ExitCode.SUCCEEDED
+            say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
     return code
+
+
+def begin_event(config: RunConfig, run: RunFolder, attempt: AttemptFolder) -> Event:
+    tracking = ""
+    if config.tracking.report_to:
+        uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        tracking = redact_uri(uri) if uri else command(run, "ui")
+    return make_event(
+        "begin",
+        run_id=run.run_id,
+        run_name=config.name,
+        attempt=attempt.number,
+        folder=str(run.path),
+        log=str(attempt.logs),
+        task=config.task.type,
+        num_workers=config.resources.num_workers,
+        zero_stage=config.deepspeed.zero_stage,
+        mixed_precision=config.training.mixed_precision,
+        tracking=tracking,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    run = RunFolder(Path(arguments[0]))
+    attempt = run.attempts()[-1]
+    return _wait(load_attempt(run, attempt).config, run, attempt, PlainView(sys.stdout))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

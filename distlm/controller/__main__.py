@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
+from distlm.causes import cause_of, exit_code_of_cause
 from distlm.config.attempt import Attempt
 from distlm.config.load import locate
-from distlm.controller.policy import Outcome
 from distlm.controller.progress import Progress
-from distlm.errors import DistlmError, ExitCode, InputError, Problem
-from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, lease, read_json, write_json
+from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_command
+from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
+from distlm.outcome import Outcome, write_result
+from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, lease, read_json, write_json
+from distlm.view import View
+from distlm.view.background import InBackground
+from distlm.view.plain import JsonView, PlainView
 from distlm.worker.entry import redirect_output
 
 _RESULT_BYTES = 64 * 1024
@@ -39,20 +40,18 @@ def main(arguments: list[str]) -> int:
     folder = run.attempts()[-1]
     if (result := read_json(folder.result_json)) is not None:
         return int(result["exit_code"])
-    stop = threading.Event()
-    _stop_on_signals(stop)
-    _stop_when_the_cli_dies(stop)
-    with _output_to_log(folder) as terminal:
-        progress = Progress(terminal)
+    stop = StopRequest()
+    stop_on_signals(stop)
+    with _view(folder, stop) as view:
         started = time.time()
         with _room_for_result(folder):
-            outcome, problems = _run(run, folder, progress, stop)
+            outcome, problems = _run(run, folder, Progress(view), stop)
         write_result(folder, outcome, started, problems)
     return int(outcome.exit_code)
 
 
 def _run(
-    run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event
+    run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest
 ) -> tuple[Outcome, list[dict[str, str]]]:
     """The outcome of the attempt, whatever happens, and what is wrong with the user's input."""
     try:
@@ -61,10 +60,11 @@ def _run(
     except InputError as error:
         traceback.print_exc()
         problems = _located(folder, error.problems)
-        return Outcome(error.exit_code, "\n".join(map(str, problems))), [problem.to_json() for problem in problems]
+        outcome = replace(Outcome.of(error), message="\n".join(map(str, problems)))
+        return outcome, [problem.to_json() for problem in problems]
     except DistlmError as error:
         traceback.print_exc()
-        return Outcome(error.exit_code, str(error)), []
+        return Outcome.of(error, traceback.format_exc()), []
     except Exception as error:  # noqa: BLE001 - a fault of ours or of a library: still an outcome, with its cause
         traceback.print_exc()
         return _unexpected(error), []
@@ -73,13 +73,15 @@ def _run(
 def _unexpected(error: Exception) -> Outcome:
     """Only what the operating system or Ray says may be otherwise next time."""
     if isinstance(error, ModuleNotFoundError):
-        return Outcome(ExitCode.BAD_INPUT, f"{error.name} is not installed here; run: pip install 'distlm[train]'")
-    is_infrastructure = isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "ray"
+        message = f"{error.name} is not installed here; run: pip install 'distlm[train]'"
+        return Outcome(ExitCode.BAD_INPUT, message, cause=Cause.CONFIGURATION)
+    cause = cause_of(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return Outcome(
-        ExitCode.INFRASTRUCTURE if is_infrastructure else ExitCode.FAILED,
+        exit_code_of_cause(cause),
         f"{type(error).__name__}: {lines[0] if lines else ''}",
         details=traceback.format_exc(),
+        cause=cause,
     )
 
 
@@ -99,7 +101,7 @@ _CACHES = {
 """Where libraries keep what they compile; by default in the home folder or in /tmp."""
 
 
-def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> Outcome:
+def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> Outcome:
     from distlm.controller.attempt import AttemptController
     from distlm.controller.cluster import make_temporary_root
 
@@ -125,7 +127,7 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: th
 @contextmanager
 def _room_for_result(folder: AttemptFolder) -> Iterator[None]:
     """Hold some of the storage, so that a run which fills it can still say how it ended."""
-    reserve = folder.path / ".reserve"
+    reserve = folder.reserve("result.json")
     with suppress(OSError), open(reserve, "wb") as file:
         file.write(bytes(_RESULT_BYTES))
     yield
@@ -133,55 +135,21 @@ def _room_for_result(folder: AttemptFolder) -> Iterator[None]:
         reserve.unlink(missing_ok=True)
 
 
-def write_result(
-    folder: AttemptFolder, outcome: Outcome, started: float, problems: list[dict[str, str]] | None = None
-) -> None:
-    """result.json: how the attempt ended."""
-    write_json(
-        folder.result_json,
-        {
-            "state": outcome.state,
-            "exit_code": int(outcome.exit_code),
-            "message": outcome.message,
-            "problems": problems or [],
-            "rank": outcome.rank,
-            "host": outcome.host,
-            "details": outcome.details,
-            "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
-            "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
-
-
-def _stop_on_signals(stop: threading.Event) -> None:
-    """Also let in what the CLI has blocked until now: a signal at start-up would end the process without a result."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, lambda *_: stop.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-
-def _stop_when_the_cli_dies(stop: threading.Event) -> None:
-    """The other end of the pipe is closed by the kernel when the CLI is gone, even by SIGKILL."""
-    descriptor = os.environ.pop(LIVENESS_FD, None)
-    if descriptor is None:
-        return
-
-    def watch() -> None:
-        os.read(int(descriptor), 1)
-        stop.set()
-
-    threading.Thread(target=watch, name="cli-liveness", daemon=True).start()
-
-
 @contextmanager
-def _output_to_log(folder: AttemptFolder) -> Iterator[TextIO]:
-    """Everything that libraries print goes to controller.log; what is for people goes to the returned stream."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as terminal:
-        os.set_inheritable(terminal.fileno(), False)
+def _view(folder: AttemptFolder, stop: StopRequest) -> Iterator[View]:
+    """Who watches: the command that waits for the attempt, else whoever reads the standard output. Everything that
+    libraries print goes to controller.log."""
+    with ExitStack() as scope:
+        if (descriptor := os.environ.pop(COMMAND_FD, None)) is not None:
+            os.set_inheritable(int(descriptor), False)
+            connection = scope.enter_context(socket.socket(fileno=int(descriptor)))
+            stop_with_command(stop, connection)
+            view: View = JsonView(scope.enter_context(connection.makefile("w", encoding="utf-8")))
+        else:
+            view = PlainView(scope.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")))
         redirect_output(folder.controller_log)
-        yield terminal
+        background = scope.enter_context(closing(InBackground(view)))
+        yield background
 
 
 if __name__ == "__main__":

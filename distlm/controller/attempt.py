@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,16 @@ from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
 from distlm.controller.cluster import Cluster, connect
+from distlm.controller.first_failure import advice
 from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
-from distlm.controller.policy import Outcome, Policy, StopAtFirstFailure
+from distlm.controller.policy import Policy, StopAtFirstFailure
 from distlm.controller.progress import Progress
 from distlm.controller.provenance import git_commit, versions
 from distlm.controller.recorder import Recorder, RecorderMailbox
+from distlm.controller.stop import StopRequest
 from distlm.controller.trainer import Incarnation
 from distlm.data.notes import PreparationProgress, notes
 from distlm.errors import (
-    Cancelled,
     CheckpointError,
     DistlmError,
     ExitCode,
@@ -36,6 +37,7 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
+from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
 from distlm.tracking.records import Record
@@ -55,7 +57,7 @@ _TRACKER_TIMEOUT_S = 60.0
 class AttemptController:
     """Runs one attempt in the run's folder. `stop` is set from outside to end it early."""
 
-    def __init__(self, run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> None:
+    def __init__(self, run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> None:
         self.run, self.folder, self.progress, self.stop = run, folder, progress, stop
         loaded = load_attempt(run, folder)
         self.config: RunConfig = loaded.config
@@ -67,6 +69,9 @@ class AttemptController:
         self._tracker_deadline_s: float | None = None
         """Until when (of the monotonic clock) the tracker may answer; None: it has, or we wait no longer."""
         self._helper: Helper
+        self._is_training = self._has_passed_on_stop = False
+        """The workers have done a step that no earlier checkpoint holds."""
+        self._stopped_after_step: int | None = None
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
 
@@ -77,7 +82,7 @@ class AttemptController:
         with ExitStack() as ray_scope:
             if not address:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
-            self.progress.say(f"connecting to the Ray cluster at {address}" if address else "starting Ray")
+            self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(connect(self.config, temporary_root))
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
@@ -108,7 +113,7 @@ class AttemptController:
         except InputError:  # its problems are shown one by one
             raise
         except DistlmError as error:
-            outcome = Outcome(error.exit_code, str(error), details=traceback.format_exc())
+            outcome = Outcome.of(error, traceback.format_exc())
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
             _copy_logs(cluster.logs, self.folder.logs / "ray")
         return outcome
@@ -129,12 +134,9 @@ class AttemptController:
 
     def _prepare(self) -> Prepared:
         """Wait for everything that is made once."""
-        self.progress.say("preparing data, tokenizer and initial weights")
+        self.progress.phase("prepare", "preparing data, tokenizer and initial weights")
         self._import_ahead()
-        try:
-            prepared: Prepared = self._result_of_helper(self._show_preparation)
-        finally:
-            self.progress.end_preparation()
+        prepared: Prepared = self._result_of_helper(self._show_preparation)
         for note in notes(prepared.data_info["sources"]):
             self.progress.say(note)
         if self.config.task.masked_only_head and not prepared.masked_only_head:
@@ -160,7 +162,7 @@ class AttemptController:
         """Import what is needed next while another process prepares: 1.5 s for Ray Train, 2.5 s for MLflow."""
         import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
-        if "mlflow" in self.config.tracking.report_to and not (self._helper.is_done(0) or self.stop.is_set()):
+        if "mlflow" in self.config.tracking.report_to and not (self._helper.is_done(0) or self.stop.is_asked):
             import mlflow  # noqa: F401
 
     def _refuse_fewer_steps(self, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
@@ -183,8 +185,24 @@ class AttemptController:
         return self._helper.result()
 
     def _stop_if_asked(self) -> None:
-        if self.stop.is_set():
-            raise Cancelled("stopped on request")
+        """Where nothing is trained there is nothing to save."""
+        if self.stop.is_asked:
+            raise self.stop.error(f"stopped {self._when()}")
+
+    def _when(self) -> str:
+        newest = CheckpointStore(self.run.checkpoints).checkpoints()[:1]
+        return f"with step {newest[0].step} saved" if newest else "before the first step was saved"
+
+    def _pass_on_stop(self, mailbox: Any) -> None:
+        """Asked to stop, have the workers finish their step and save; asked again, or before they train, stop here."""
+        if not self.stop.is_asked:
+            return
+        if self.stop.is_urgent or not self._is_training:
+            self._stop_if_asked()
+        if not self._has_passed_on_stop:
+            self._has_passed_on_stop = True
+            mailbox.want_stop.remote()
+            self.progress.stopping("the workers finish their step and save it")
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -213,8 +231,8 @@ class AttemptController:
         recorder.restored(step, number)
         self._phases = self._phases or [phase_ended("begin", number)]
         recorder.record(self._phases)
-        self.progress.begin(prepared.total_steps)
-        self.progress.say(f"starting {self.config.resources.num_workers} workers on {cluster.device}")
+        self.progress.phase("workers", f"starting {self.config.resources.num_workers} workers on {cluster.device}")
+        self.progress.training(step, prepared.total_steps)
         mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
         arguments = WorkerArguments(
             run_path=str(self.run.path),
@@ -227,8 +245,9 @@ class AttemptController:
             mailbox=mailbox,
         )
         incarnation = Incarnation(self.config, cluster, self.folder, arguments)
+        self._is_training = self._has_passed_on_stop = False
         while incarnation.is_alive():
-            self._stop_if_asked()
+            self._pass_on_stop(mailbox)
             self._check_tracker(recorder)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
@@ -237,7 +256,10 @@ class AttemptController:
         while self._asked_for and time.monotonic() < deadline:
             self._record(recorder, mailbox)
         self._asked_for, self._phases = None, []
-        return incarnation.outcome(self.failures)
+        outcome = incarnation.outcome(self.failures)
+        if outcome.exit_code == ExitCode.SUCCEEDED and self._stopped_after_step is not None:
+            return Outcome.of(self.stop.error(f"stopped after step {self._stopped_after_step}, which is saved"))
+        return replace(outcome, advice=advice(outcome.cause, self.config))
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
         """Move what the workers reported to the files and the screen."""
@@ -263,7 +285,10 @@ class AttemptController:
             elif message.get("event") == "phase":
                 self._phases.append(message)
                 if message["phase"] == "first_step":
+                    self._is_training = True
                     self._record_startup(recorder, message)
+            elif message.get("event") == "stopped":
+                self._stopped_after_step = message["step"]
             elif message.get("event") == "step_map":
                 self.progress.say(message["message"])
 
@@ -278,7 +303,7 @@ class AttemptController:
 
     def _export(self, last_step: int) -> None:
         """Write model/ in Hugging Face format from the last step's checkpoint, where no worker's memory is needed."""
-        self.progress.say("writing the model")
+        self.progress.phase("export", "writing the model")
         self._helper.begin(_export_task, str(self.run.path), last_step)
         self._result_of_helper()
 
@@ -339,7 +364,7 @@ class AttemptController:
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
             recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
         problem = ""
-        timeout_s = _TRACKER_TIMEOUT_S if outcome.exit_code != ExitCode.CANCELLED else _TRACKER_TIMEOUT_S / 6
+        timeout_s = _TRACKER_TIMEOUT_S / 6 if self.stop.is_asked else _TRACKER_TIMEOUT_S
         try:
             is_delivered = recorder.close(_mlflow_status(outcome.exit_code), timeout_s)
         except InfrastructureError as error:
@@ -352,7 +377,7 @@ class AttemptController:
         elif self._tracker and self.config.tracking.log_model and outcome.exit_code == ExitCode.SUCCEEDED:
             from distlm.tracking.model_upload import upload_once
 
-            self.progress.say("uploading the model to MLflow")
+            self.progress.phase("upload", "uploading the model to MLflow")
             problem = upload_once(
                 self.run,
                 self._tracker.mlflow_run_id,

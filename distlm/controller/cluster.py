@@ -17,6 +17,7 @@ import psutil
 from distlm.config.schema import RunConfig
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
+from distlm.processes import descendants, end_processes
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
 _HELPER_CPUS = 1  # for the tasks that prepare and export
@@ -138,34 +139,16 @@ def _stop_ray(others: list[psutil.Process]) -> None:
     what those have started."""
     import ray
 
-    kept = {*others, *(child for process in others if process.is_running() for child in _children(process))}
-    processes = [process for process in _children(psutil.Process()) if process not in kept]
+    kept = {*others, *(child for process in others if process.is_running() for child in descendants(process))}
+    processes = [process for process in descendants(psutil.Process()) if process not in kept]
     ray.shutdown()
     end_processes(processes)
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _count_gpus_with_torch() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
-    """Wait for processes that are about to end, and kill those that do not."""
-    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(alive, timeout=timeout_s)
 
 
 def node_addresses() -> list[dict[str, Any]]:

@@ -5,25 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from distlm.errors import ExitCode
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an incarnation ended, in the words of result.json."""
-
-    exit_code: ExitCode
-    message: str = ""
-    """One line: the first cause and what to do about it."""
-    rank: int | None = None
-    """Rank that failed first; None: no single one did."""
-    host: str = ""
-    details: str = ""
-    """Traceback of the first failure."""
-
-    @property
-    def state(self) -> str:
-        return self.exit_code.name.lower()
+from distlm.outcome import Outcome
 
 
 @dataclass(frozen=True)

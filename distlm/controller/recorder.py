@@ -21,7 +21,7 @@ from distlm.errors import InfrastructureError
 from distlm.run_folder import AttemptFolder, RunFolder
 from distlm.tracking import Tracker
 from distlm.tracking.delivery import DeliveryThread
-from distlm.tracking.records import POINT_KINDS, encode_line, now_ms
+from distlm.tracking.records import POINT_KINDS, cut_torn_line, encode_line, now_ms
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,14 @@ class RecorderMailbox:
         self._max_messages = max_messages
         self._messages: list[dict[str, Any]] = []
         self._num_dropped = 0
+        self._is_stop_wanted = False
+
+    def want_stop(self) -> None:
+        """The other way round: the controller wants the workers to finish their step, save and return."""
+        self._is_stop_wanted = True
+
+    def is_stop_wanted(self) -> bool:
+        return self._is_stop_wanted
 
     def push(self, message: dict[str, Any]) -> None:
         if len(self._messages) >= self._max_messages:
@@ -71,9 +79,9 @@ class Recorder:
     ) -> None:
         """`connect` makes the tracker and is called in a thread, again until it succeeds; None: files only."""
         self._path = attempt.metrics_jsonl
-        _cut_torn_line(self._path)
+        cut_torn_line(self._path)
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._reserve = attempt.path / ".metrics.reserve"  # room for what waits when the run ends for want of room
+        self._reserve = attempt.reserve("metrics.jsonl")  # room for what waits when the run ends for want of room
         with suppress(OSError):
             self._reserve.write_bytes(bytes(_RESERVE_BYTES))
         self._waiting = bytearray()  # from the first byte on that the file has not got
@@ -165,7 +173,7 @@ class Recorder:
             os.close(self._descriptor)
         if self.storage_problem:
             with suppress(OSError):
-                _cut_torn_line(self._path)
+                cut_torn_line(self._path)
             raise self._error()
         return self._delivery.close(timeout_s) if self._delivery else True
 
@@ -190,14 +198,3 @@ class Recorder:
         return InfrastructureError(
             f"cannot append to {self._path}: {self.storage_problem}; make room or mend the storage, then resume the run"
         )
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove a last line without newline, left by a controller that was killed, or found no room, while writing."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return
-    size = content.rfind(b"\n") + 1
-    if size < len(content):
-        os.truncate(path, size)

@@ -7,8 +7,10 @@ from typing import Any
 
 from distlm.config.schema import RunConfig
 from distlm.controller.cluster import Cluster
-from distlm.controller.policy import Outcome
+from distlm.controller.first_failure import first_failure
 from distlm.errors import ExitCode
+from distlm.outcome import Outcome
+from distlm.processes import count_oom_kills
 from distlm.run_folder import AttemptFolder
 from distlm.worker.entry import WorkerArguments, run_worker
 
@@ -20,6 +22,7 @@ class Incarnation:
     def __init__(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
         self._number = arguments.incarnation
         self._error: BaseException | None = None
+        self._oom_kills = count_oom_kills()
         self._thread = threading.Thread(
             target=self._fit, args=(config, cluster, attempt, arguments), name="ray-train-fit", daemon=True
         )
@@ -56,7 +59,8 @@ class Incarnation:
         """How it ended. `failures` are the messages of workers that could still tell what happened to them."""
         if self._error is None:
             return Outcome(ExitCode.SUCCEEDED)
-        return first_failure([f for f in failures if f["incarnation"] == self._number], self._error)
+        kernel_killed = self._oom_kills is not None and (count_oom_kills() or 0) > self._oom_kills
+        return first_failure([f for f in failures if f["incarnation"] == self._number], self._error, kernel_killed)
 
 
 def _backend_config(device: str) -> Any:
@@ -68,38 +72,3 @@ def _backend_config(device: str) -> Any:
     from distlm.controller.rendezvous import RendezvousConfig
 
     return RendezvousConfig()
-
-
-# What a rank says when another one is gone: the consequence of a failure, not its cause.
-_CONSEQUENCES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Connection refused",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-    "Timed out waiting",
-    "ProcessGroupGloo",
-    "ProcessGroupNCCL",
-)
-
-
-def first_failure(failures: list[dict[str, Any]], error: BaseException) -> Outcome:
-    """The cause of a failed incarnation: the earliest failure that is not the consequence of another one."""
-    causes = [f for f in failures if f["expected"] or not any(sign in f["message"] for sign in _CONSEQUENCES)]
-    if causes:
-        first = min(causes, key=lambda failure: (failure.get("follows", False), failure["timestamp_ms"]))
-        message = first["message"].strip() or first["type"]
-        text = message if first["expected"] else f"{first['type']}: {message.splitlines()[0]}"
-        return Outcome(ExitCode(first["exit_code"]), text, first["rank"], first["host"], first["details"])
-    worker_failures = getattr(error, "worker_failures", {})
-    told = {failure["rank"] for failure in failures}
-    silent = sorted(rank for rank in worker_failures if rank not in told)
-    if silent:
-        rank = silent[0]
-        reason = str(worker_failures[rank]).strip().splitlines()
-        text = f"the worker process died without an error of its own (killed, out of memory or crashed): {reason[0]}"
-        return Outcome(ExitCode.INFRASTRUCTURE, text, rank, "", str(worker_failures[rank]))
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return Outcome(ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {lines[0] if lines else ''}", details=str(error))

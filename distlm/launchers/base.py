@@ -10,6 +10,7 @@ from typing import Protocol
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
 from distlm.run_folder import AttemptFolder, RunFolder
+from distlm.view import View
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,6 @@ class Launcher(Protocol):
         """The request for the run's newest attempt. Pure: what a dry run prints is what is submitted."""
         ...
 
-    def submit(self, request: Request, attempt: AttemptFolder, detach: bool) -> int:
-        """Start the attempt; the exit code of the attempt, or with `detach` 0 once it has started."""
+    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> int:
+        """Run the attempt to its end, which result.json then tells, and show its events; its exit code."""
         ...

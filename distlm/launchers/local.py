@@ -1,14 +1,16 @@
 """Target local: the controller is a process on this machine.
 
-It runs in a session of its own, so that Ctrl-C in the terminal reaches the CLI alone, which passes it on. A pipe tells
-the controller when the CLI has died.
+It runs in a session of its own, so that Ctrl-C in the terminal reaches the command alone, which passes it on. Through
+a socket it sends its events to the command, and learns when the command has died.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,15 +20,17 @@ from types import FrameType
 
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.console import say
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
-from distlm.errors import Cancelled, ExitCode, InfrastructureError, Problem
+from distlm.errors import Cause, ExitCode, Problem
 from distlm.launchers.base import Request
-from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, read_json, write_json
+from distlm.outcome import Outcome, write_result
+from distlm.processes import STOP_SIGNALS, count_oom_kills, no_descendants_left
+from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
+from distlm.view import View, make_event
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WORKER_GIB = 0.5
+_SYNC_TIMEOUT_S = 20.0
 
 
 class LocalLauncher:
@@ -61,37 +65,36 @@ class LocalLauncher:
     def build(self, config: RunConfig, run: RunFolder) -> Request:
         return Request((sys.executable, "-m", "distlm.controller", str(run.path)), tuple(config.env))
 
-    def submit(self, request: Request, attempt: AttemptFolder, detach: bool) -> int:
-        if detach:
-            with open(attempt.controller_log, "ab") as log:
-                controller = subprocess.Popen(
-                    request.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-            log_path = os.path.relpath(attempt.controller_log)
-            say(f"in the background; follow: tail -f {log_path}; stop: kill {controller.pid}")
-            return ExitCode.SUCCEEDED
-        reading, writing = os.pipe()
+    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> int:
+        ours, theirs = socket.socketpair()
         # A signal that comes before both sides have their handlers waits; the controller lets it in when it is ready.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        controller = subprocess.Popen(
-            request.command,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=(reading,),
-            env={**os.environ, LIVENESS_FD: str(reading)},
-        )
-        os.close(reading)
-        with _forwarded_signals(controller) as received:
-            code = controller.wait()
-        os.close(writing)
-        if (result := read_json(attempt.result_json)) is not None:
-            return int(result["exit_code"])
-        _clean_up_after(attempt)
-        if received:
-            raise Cancelled("the controller was killed before it could stop in order")
-        raise InfrastructureError(
-            f"the controller ended without a result ({_how_it_ended(code)}); see {attempt.controller_log}"
-        )
+        oom_kills = count_oom_kills()
+        with no_descendants_left(), ours:
+            controller = subprocess.Popen(
+                request.command,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, COMMAND_FD: str(theirs.fileno())},
+            )
+            theirs.close()
+            with _forwarded_signals(controller, view) as received:
+                _show_events(ours, view)
+                code = controller.wait()
+        if read_json(attempt.result_json) is None:
+            _end_for(attempt, _how_it_ended(code, received, count_oom_kills() != oom_kills))
+        result = read_json(attempt.result_json)
+        view.show(make_event("result", **result))
+        return int(result["exit_code"])
+
+
+def _show_events(connection: socket.socket, view: View) -> None:
+    """Show what the controller tells, until it has ended."""
+    with connection.makefile("r", encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):  # else it died while it wrote
+                view.show(json.loads(line))
 
 
 def _with_place(problem: Problem) -> str:
@@ -110,16 +113,15 @@ def _check_runs_dir(runs_dir: Path) -> Iterator[Problem]:
 
 
 @contextmanager
-def _forwarded_signals(controller: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the controller to stop; the third kills it. Yields the signals that came."""
+def _forwarded_signals(controller: subprocess.Popen[bytes], view: View) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM asks the controller to finish the step and save, the second to stop now; the third
+    kills it. Yields the signals that came."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
         controller.send_signal(number if len(received) < 3 else signal.SIGKILL)
-        if len(received) == 1:
-            with suppress(OSError):  # the terminal may be what has gone
-                say("stopping (again, and a third time, to kill)", file=sys.stderr)
+        view.stop_requested(len(received))
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
     previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS if number not in ignored}
@@ -131,21 +133,26 @@ def _forwarded_signals(controller: subprocess.Popen[bytes]) -> Iterator[list[int
             signal.signal(number, handler)
 
 
-def _how_it_ended(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _how_it_ended(code: int, received: list[int], kernel_killed: bool) -> Outcome:
+    """Of a controller that could not say it itself."""
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if len(received) > 2:
+        return Outcome(ExitCode.CANCELLED, "the controller was killed on request", cause=Cause.CANCELLATION)
+    if code < 0 and kernel_killed:
+        text = "the controller was killed by the kernel because memory ran out"
+        return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.OUT_OF_MEMORY)
+    text = f"the controller ended without a result ({how})"
+    return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE)
 
 
-def _clean_up_after(attempt: AttemptFolder) -> None:
-    """Remove what a killed controller could not remove itself. Its Ray processes end with it."""
+def _end_for(attempt: AttemptFolder, outcome: Outcome) -> None:
+    """Do what a killed controller could not do any more. Its processes have ended with it."""
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    result = {
-        "state": ExitCode.INFRASTRUCTURE.name.lower(),
-        "exit_code": int(ExitCode.INFRASTRUCTURE),
-        "message": "the controller was killed",
-        "problems": [],
-        "log": str(attempt.controller_log),
-    }
-    with suppress(OSError):  # the storage may be what failed
-        write_json(attempt.result_json, result)
+    attempt.clear_reserves()
+    write_result(attempt, outcome, started=None)
+    # MLflow would say RUNNING for ever. Where it does not answer, `distlm sync` does the same later.
+    command = [sys.executable, "-m", "distlm.tracking.sync", "--without-model", str(attempt.run.path)]
+    with open(attempt.controller_log, "ab") as log, suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=_SYNC_TIMEOUT_S)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,3 +132,14 @@ def read_metrics(run_folder: RunFolder, include_superseded: bool = False) -> lis
         if include_superseded or not superseded:
             records.append(StoredRecord(**message, attempt=number, superseded=superseded))
     return records
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line without newline, left by a controller that was killed, or found no room, while writing."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    size = content.rfind(b"\n") + 1
+    if size < len(content):
+        os.truncate(path, size)

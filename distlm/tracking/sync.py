@@ -1,4 +1,4 @@
-"""`python -m distlm.tracking.sync RUN_FOLDER`: send to MLflow what it has not had yet of a run, the model included."""
+"""`python -m distlm.tracking.sync [--without-model] RUN_FOLDER`: send to MLflow what it lacks of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.redact import redact_uri
-from distlm.run_folder import RunFolder, lease
+from distlm.run_folder import AttemptFolder, RunFolder, lease, read_json
 from distlm.tracking import Tracker
 from distlm.tracking.delivery import sync
 from distlm.tracking.mlflow import MlflowTracker
 from distlm.tracking.model_upload import upload_once
+from distlm.tracking.records import cut_torn_line, encode_line, now_ms, read_lines
 
 
 def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:
@@ -28,7 +29,7 @@ def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:
     )
 
 
-def sync_run(run: RunFolder) -> str:
+def sync_run(run: RunFolder, *, with_model: bool = True) -> str:
     """Send everything that is missing; says what was sent. Raises DistlmError where that is not possible."""
     if not (attempts := run.attempts()):
         raise InputError(f"run {run.run_id} has no attempt yet, so there is nothing to send")
@@ -36,13 +37,25 @@ def sync_run(run: RunFolder) -> str:
     if "mlflow" not in config.tracking.report_to:
         raise InputError("tracking.report_to of this run does not name mlflow, so there is nothing to send")
     with lease(run):
+        _close_abandoned(attempts[-1])
         tracker = connect_mlflow(config, run)
         num_points = _sync(run, tracker)
-        if run.model.is_dir() and config.tracking.log_model:
+        if with_model and run.model.is_dir() and config.tracking.log_model:
             registered_name = config.tracking.registered_model_name
             if problem := upload_once(run, tracker.mlflow_run_id, tracker.tracking_uri, registered_name):
                 raise InfrastructureError(problem)
     return f"{num_points} points sent to {redact_uri(tracker.tracking_uri)}"
+
+
+def _close_abandoned(attempt: AttemptFolder) -> None:
+    """Record the end of an attempt whose controller was killed: it holds the lease no more, and said RUNNING last."""
+    messages = [message for _, message in read_lines(attempt.metrics_jsonl) if message["kind"] == "status"]
+    if messages and messages[-1]["status"] == "RUNNING":
+        cut_torn_line(attempt.metrics_jsonl)
+        result = read_json(attempt.result_json) or {}
+        status = "KILLED" if result.get("exit_code") == ExitCode.CANCELLED else "FAILED"
+        with open(attempt.metrics_jsonl, "ab") as file:
+            file.write(encode_line({"kind": "status", "status": status, "timestamp_ms": now_ms()}))
 
 
 def _sync(run: RunFolder, tracker: Tracker) -> int:
@@ -54,7 +67,8 @@ def _sync(run: RunFolder, tracker: Tracker) -> int:
 
 def main(arguments: list[str]) -> int:
     def command() -> int:
-        say(sync_run(RunFolder(Path(arguments[0]))))
+        with_model = "--without-model" not in arguments
+        say(sync_run(RunFolder(Path(arguments[-1])), with_model=with_model))
         return ExitCode.SUCCEEDED
 
     return exit_code_of(command)

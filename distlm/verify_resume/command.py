@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from distlm.run_folder import AttemptFolder, RunFolder, new_run_id, read_json
 from distlm.verify_resume.compare import Piece, Verdict, compare
 from distlm.verify_resume.evidence import compare_states, read_device, read_piece, was_killed
 from distlm.verify_resume.report import table, verdict_text
+from distlm.view.plain import PlainView
 
 _MAX_EVAL_SAMPLES = 256
 
@@ -197,7 +199,7 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
         loaded, changes = changed_config(run, overrides, launcher.check)
     kill_in_step = planned.last_step + 1 if planned.is_killed else None
     attempt = begin_attempt(loaded, run, overrides, changes=changes, record_samples=True, kill_in_step=kill_in_step)
-    code = launcher.submit(launcher.build(loaded.config, run), attempt, detach=False)
+    code = launcher.submit(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))
     if code == ExitCode.INFRASTRUCTURE and planned.is_killed and was_killed(attempt):
         say(f"a worker was killed in step {kill_in_step}, as planned")
     elif code != ExitCode.SUCCEEDED:

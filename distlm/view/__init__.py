@@ -34,6 +34,11 @@ class View(Protocol):
 
     def show(self, event: Event) -> None: ...
 
+    def stop_requested(self, count: int) -> None:
+        """The user has asked to stop for the `count`th time. Called in a signal handler, also in the middle of `show`:
+        it takes no lock and writes to no buffered stream."""
+        ...
+
     def close(self) -> None:
         """Leave the terminal as it was. Called once, after the last event, or without one where the attempt died."""
         ...

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from distlm.view import Event
-from distlm.view.state import AttemptState, evaluation_line, training_line
+from distlm.view.state import AttemptState, evaluation_line, stop_message, training_line
 
 _QUIET_S = 5.0
 """Preparation that takes less shows no line."""
@@ -27,6 +27,10 @@ class PlainView:
         self.state.update(event)
         for line in self._lines(event):
             self._write(line)
+
+    def stop_requested(self, count: int) -> None:
+        with suppress(OSError, ValueError):
+            os.write(self._stream.fileno(), f"{stop_message(count)}\n".encode())
 
     def close(self) -> None:
         return
@@ -72,6 +76,9 @@ class JsonView:
         with suppress(OSError, ValueError):
             self._stream.write(json.dumps(event, ensure_ascii=False) + "\n")
             self._stream.flush()
+
+    def stop_requested(self, count: int) -> None:
+        return
 
     def close(self) -> None:
         return

@@ -139,3 +139,10 @@ def evaluation_line(state: AttemptState, values: dict[str, Any]) -> str:
 def step_of(state: AttemptState, step: int | None = None) -> str:
     """ "step  20/200"."""
     return f"step {state.step if step is None else step:>{len(str(state.total_steps))}}/{state.total_steps}"
+
+
+def stop_message(count: int) -> str:
+    """What the user is told at once who asks to stop for the `count`th time."""
+    if count == 1:
+        return "stopping: the step under way is finished and saved; Ctrl-C again stops now"
+    return "stopping now" if count == 2 else "killing"

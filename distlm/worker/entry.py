@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from distlm.devices import prepare_process_for_torch
-from distlm.errors import DistlmError, ExitCode
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
+from distlm.worker.failure import failure_message
 
 _DELIVERY_TIMEOUT_S = 10.0
 
@@ -66,20 +64,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
         traceback.print_exc()
-        failed_ranks = getattr(error, "failed_ranks", ())  # all ranks raise it together
-        failure = {
-            "kind": "failure",
-            "rank": rank,
-            "host": socket.gethostname(),
-            "incarnation": told.incarnation,
-            "timestamp_ms": time.time_ns() // 1_000_000,
-            "type": type(error).__name__,
-            "message": str(error),
-            "details": traceback.format_exc(),
-            "exit_code": int(error.exit_code) if isinstance(error, DistlmError) else int(ExitCode.FAILED),
-            "expected": isinstance(error, DistlmError),
-            "follows": bool(failed_ranks) and rank not in failed_ranks,
-        }
+        failure = failure_message(error, rank, told.incarnation)
         ray.wait([told.mailbox.push.remote(failure)], timeout=_DELIVERY_TIMEOUT_S)
         raise
     finally:
@@ -100,6 +85,7 @@ def _train(
     from distlm.worker.metrics import SystemMonitor
     from distlm.worker.prepare import Prepared
     from distlm.worker.rehearsal import make_sample_log
+    from distlm.worker.stop import StopFlag
     from distlm.worker.train import WorkerContext, train
 
     tell_phase_ended("import", told.checkpoint_step)
@@ -112,6 +98,7 @@ def _train(
     def report(step: int, values: dict[str, float]) -> None:
         push(Record(step, told.incarnation, now_ms(), values).to_message())
 
+    stop_flag = StopFlag(told.mailbox) if rank == 0 else None
     context = WorkerContext(
         config=config,
         prepared=Prepared(**read_json(run.init / "prepared.json")),
@@ -124,8 +111,12 @@ def _train(
         phase_ended=tell_phase_ended,
         on_samples=make_sample_log(run, attempt, config, rank),
         profile_folder=attempt.profile,
+        is_stop_wanted=stop_flag.is_set if stop_flag else lambda: False,
+        stopped=lambda step: push({"kind": "event", "event": "stopped", "step": step}),
     )
     with ExitStack() as scope:
+        if stop_flag:
+            scope.callback(stop_flag.close)
         if monitored_node is not None:
             scope.enter_context(
                 SystemMonitor(

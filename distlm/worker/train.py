@@ -49,6 +49,7 @@ from distlm.worker.prefetch import Prefetcher
 from distlm.worker.prepare import Prepared, sample_order
 from distlm.worker.profile import StepMap, StepProfiler, describe
 from distlm.worker.schedule import learning_rate_schedule
+from distlm.worker.stop import Votes
 
 _LAST_SAVE_TIMEOUT_S = 60.0
 
@@ -74,6 +75,10 @@ class WorkerContext:
     """phase_ended(phase, step) tells how far a start has come; `step` is the last one done. On every rank."""
     on_samples: Callable[[list[MicroBatch]], None] | None = None
     """Is told on every rank what it trains on in a step, before it does."""
+    is_stop_wanted: Callable[[], bool] = lambda: False
+    """Whether this worker wants the training to stop before its end. All stop after the same step if one wants it."""
+    stopped: Callable[[int], None] = lambda step: None
+    """Is told after which step, which is saved, the training has stopped before its end. Called on rank 0 only."""
     profile_folder: Path | None = None
     """Where the map of the profiled steps goes; None: they are not profiled."""
 
@@ -92,10 +97,12 @@ def train(context: WorkerContext) -> None:
 
 def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
     """The loop."""
+    step = worker.first_step - 1
     for step in range(worker.first_step, last_step + 1):
         with worker.profiler.step(step):
             worker.train_step(step)
-        if is_due(step, config.logging_steps, last_step) or step == 1:
+        stops = worker.votes.want_stop()
+        if is_due(step, config.logging_steps, last_step) or step == 1 or stops:
             worker.log(step)
         if step == worker.first_step:
             worker.context.phase_ended("first_step", step)
@@ -104,9 +111,13 @@ def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
                 worker.write_step_map()
             if is_due(step, config.eval_steps, last_step):
                 worker.evaluate(step)
-            if is_due(step, config.save_steps, last_step):
+            if is_due(step, config.save_steps, last_step) or stops:
                 worker.save(step)
-    worker.finish_save(last_step, at_the_end=True)
+        if stops:
+            break
+    worker.finish_save(step, at_the_end=True)
+    if step < last_step and worker.rank == 0:
+        worker.context.stopped(step)
 
 
 def is_due(step: int, interval: int | None, last_step: int) -> bool:
@@ -184,6 +195,7 @@ class Worker:
         self.batches = Prefetcher(self._make_batches, prepared.total_steps)
         self.profiler = StepProfiler(self._steps_to_profile(), self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
+        self.votes = Votes(self.device)
         self.peak_flops = self._mean_over_workers(
             measure_matmul_flops(
                 self.device, torch.float32 if self.settings.mixed_precision == "no" else torch.bfloat16
@@ -199,7 +211,10 @@ class Worker:
         """One optimizer step on this worker's micro batches."""
         with self.profiler.phase("data"):
             batches = self.batches.get(step)
-        num_targets = self._sum_over_workers(sum(self.task.count_targets(batch) for batch in batches))
+        my_num_targets = sum(self.task.count_targets(batch) for batch in batches)
+        counts = torch.tensor([my_num_targets, self.context.is_stop_wanted()], dtype=torch.float32)
+        num_targets, num_stop_votes = self._sum_over_workers(counts)
+        self.votes.count(num_stop_votes)
         # DeepSpeed averages over workers and accumulation steps; this makes it the mean over all targets of the step.
         scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=1)
         set_learning_rate(self.engine, self.schedule(step))

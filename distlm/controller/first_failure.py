@@ -1,0 +1,113 @@
+"""Which of the failures of a worker group was the first, what class of cause it has, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distlm.causes import exit_code_of_cause, is_consequence
+from distlm.config.schema import RunConfig
+from distlm.errors import Cause, ExitCode
+from distlm.outcome import Follower, Outcome
+
+Failure = Mapping[str, Any]
+"""What a worker tells of its exception: see `distlm.worker.failure`."""
+
+_RAY_MEMORY_SIGNS = ("running low on memory", "memory usage threshold", "out of memory", "oom")
+
+
+def first_failure(failures: Sequence[Failure], error: BaseException, kernel_killed: bool = False) -> Outcome:
+    """The cause of a failed incarnation: the earliest failure that is not the consequence of another one.
+
+    `error` is Ray Train's, which knows the exception of each rank, or what broke Ray Train itself. `kernel_killed`: the
+    kernel has killed a process of this host for want of memory in the meantime.
+    """
+    failures = sorted(failures, key=lambda failure: (failure.get("follows", False), failure["timestamp_ms"]))
+    of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if first := next((f for f in failures if f["expected"] or not is_consequence(f["message"])), None):
+        return _told(first, failures)
+    told = {failure["rank"] for failure in failures}
+    if silent := sorted(rank for rank in of_ranks if rank not in told):
+        return _silent(silent[0], of_ranks, failures, kernel_killed)
+    if failures:
+        return _unexplained(failures)
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    message = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return Outcome(ExitCode.INFRASTRUCTURE, message, details=str(error), cause=Cause.INFRASTRUCTURE)
+
+
+def _told(first: Failure, failures: Sequence[Failure]) -> Outcome:
+    """A worker has raised it and has said so."""
+    cause = Cause(first["cause"])
+    return Outcome(
+        ExitCode(first["exit_code"]),
+        _text(first),
+        first["rank"],
+        first["host"],
+        first["details"],
+        cause,
+        place="" if first["expected"] else first["place"],
+        followers=_followers(failures, first["rank"], _text(first)),
+    )
+
+
+def _silent(rank: int, of_ranks: Mapping[int, Exception], failures: Sequence[Failure], kernel_killed: bool) -> Outcome:
+    """A worker is gone without a word."""
+    details = str(of_ranks[rank]).strip()
+    for_want_of_memory = kernel_killed or any(sign in details.lower() for sign in _RAY_MEMORY_SIGNS)
+    if for_want_of_memory:
+        killer = "the kernel" if kernel_killed else "Ray"
+        cause, text = Cause.OUT_OF_MEMORY, f"the worker process was killed by {killer} because memory ran out"
+    else:
+        reason = details.splitlines()[0] if details else "no reason given"
+        text = f"the worker process died without an error of its own (killed, crashed): {reason}"
+        cause = Cause.NODE_LOST
+    return Outcome(
+        exit_code_of_cause(cause), text, rank, "", details, cause, followers=_followers(failures, rank, text)
+    )
+
+
+def _unexplained(failures: Sequence[Failure]) -> Outcome:
+    """All who speak were waiting for somebody who does not."""
+    first = failures[0]
+    is_hang = any(failure["cause"] == Cause.HANG for failure in failures)
+    cause = Cause.HANG if is_hang else Cause.NODE_LOST
+    return Outcome(
+        ExitCode.INFRASTRUCTURE,
+        f"lost the connection to another worker: {_text(first)}" if not is_hang else _text(first),
+        first["rank"],
+        first["host"],
+        first["details"],
+        cause,
+        followers=_followers(failures, first["rank"], _text(first)),
+    )
+
+
+def _followers(failures: Sequence[Failure], first_rank: int, text: str) -> list[Follower]:
+    others = sorted((f for f in failures if f["rank"] != first_rank), key=lambda failure: failure["rank"])
+    return [Follower(f["rank"], _text(f).partition("\n")[0], f["host"], is_same=_text(f) == text) for f in others]
+
+
+def _text(failure: Failure) -> str:
+    message = failure["message"].strip() or failure["type"]
+    return message if failure["expected"] else f"{failure['type']}: {message.splitlines()[0]}"
+
+
+def advice(cause: Cause | None, config: RunConfig) -> str:
+    """The keys to change, or what else to do, where the message of the failure does not say it itself."""
+    training, deepspeed = config.training, config.deepspeed
+    match cause:
+        case Cause.OUT_OF_MEMORY:
+            ways = [f"lower training.per_device_train_batch_size (now {training.per_device_train_batch_size})"]
+            if deepspeed.zero_stage < 3 and config.resources.num_workers > 1:
+                ways.append(f"raise deepspeed.zero_stage (now {deepspeed.zero_stage})")
+            if not training.gradient_checkpointing:
+                ways.append("set training.gradient_checkpointing=true")
+            if len(ways) == 1:
+                ways.append(f"use more workers than resources.num_workers={config.resources.num_workers}")
+            return " or ".join(ways)
+        case Cause.NODE_LOST:
+            return "resume the run; if it happens again, look at the host's own logs"
+        case Cause.HANG:
+            return "resume the run; the logs of the other ranks tell which one did not answer"
+    return ""

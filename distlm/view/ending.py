@@ -1,0 +1,85 @@
+"""How an attempt ended, on one screen: the first failure in one line, what merely followed from it, what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from distlm.errors import Cause, ExitCode, Problem
+from distlm.run_folder import RunFolder
+
+_MAX_CHARACTERS = 400
+"""Of what a library says."""
+_WORDS = {ExitCode.PREEMPTED: "preempted", ExitCode.CANCELLED: "cancelled"}
+
+
+def ending(run: RunFolder, result: Mapping[str, Any]) -> list[str]:
+    """The lines for people; of a failure, the first one has its rank, host, cause, the key to change and the log."""
+    code = ExitCode(result["exit_code"])
+    if code == ExitCode.SUCCEEDED:
+        return [f"succeeded: model in {os.path.relpath(run.model)}; curves: {command(run, 'ui')}"]
+    if result["problems"]:
+        return [str(Problem.from_json(problem)) for problem in result["problems"]]
+    if code in _WORDS:
+        return [f"{_WORDS[code]}: {result['message']}", f"resume with: {command(run, 'resume')}"]
+    return [_first_line(result), *(f"  {line}" for line in (*_followers(result), _next(run, result)))]
+
+
+def command(run: RunFolder, verb: str, *arguments: str) -> str:
+    """The distlm command that does something to a run, as typed in the current folder."""
+    which = () if verb == "ui" else (run.run_id,)
+    place = () if run.runs_dir == Path("runs").absolute() else ("--runs-dir", os.path.relpath(run.runs_dir))
+    return shlex.join(("distlm", verb, *which, *arguments, *place))
+
+
+def _first_line(result: Mapping[str, Any]) -> str:
+    text = result["message"]
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]}..."
+    if result.get("place"):
+        text += f" ({result['place']})"
+    parts = [f"failed{_where(result)}: {result.get('cause') or 'infrastructure'}: {text}"]
+    if result.get("advice"):
+        parts.append(result["advice"])
+    return "; ".join((*parts, f"log: {os.path.relpath(result['log'])}"))
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    if result.get("rank") is None:
+        return ""
+    followers = result.get("followers") or []
+    if followers and all(follower["is_same"] for follower in followers):
+        return f" on all {len(followers) + 1} ranks alike"
+    return f" on rank {result['rank']}" + (f" ({result['host']})" if result.get("host") else "")
+
+
+def _followers(result: Mapping[str, Any]) -> Iterator[str]:
+    """One line for all ranks that say the same."""
+    followers = [follower for follower in result.get("followers") or [] if not follower["is_same"]]
+    followers.sort(key=lambda follower: follower["message"])
+    for message, alike in groupby(followers, key=lambda follower: follower["message"]):
+        ranks = sorted(follower["rank"] for follower in alike)
+        only = "only followed" if len(followers) < 2 or len(ranks) == len(followers) else "followed"
+        yield f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} {only}: {message[:_MAX_CHARACTERS]}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 2, 3, 4] -> "0, 2-4"."""
+    parts = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        parts.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return ", ".join(parts)
+
+
+def _next(run: RunFolder, result: Mapping[str, Any]) -> str:
+    """The command to go on with. What would fail again is to be mended first."""
+    if result["exit_code"] != ExitCode.FAILED:
+        return f"resume with: {command(run, 'resume')}"
+    if result.get("cause") == Cause.DIVERGENCE:
+        return f"start anew with other values: {command(run, 'submit')}"
+    return f"when that is mended, resume with: {command(run, 'resume')}"
