@@ -223,7 +223,7 @@ def raise_failure(code: ExitCode, attempt: AttemptFolder) -> NoReturn:
     result = read_json(attempt.result_json)
     if result["problems"]:
         raise InputError(*map(Problem.from_json, result["problems"]))
-    if code == ExitCode.CANCELLED:
+    if code in (ExitCode.CANCELLED, ExitCode.PREEMPTED):
         raise Cancelled("stopped on request; resume was not verified")
     raise _FAILURES[code](f"resume was not verified, because a run failed: {result['message']}; see {result['log']}")
 

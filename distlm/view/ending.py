@@ -31,7 +31,7 @@ def ending(run: RunFolder, result: Mapping[str, Any]) -> list[str]:
 
 def command(run: RunFolder, verb: str, *arguments: str) -> str:
     """The distlm command that does something to a run, as typed in the current folder."""
-    which = () if verb == "ui" else (run.run_id,)
+    which = {"ui": (), "submit": (f"run:{run.run_id}",)}.get(verb, (run.run_id,))
     place = () if run.runs_dir == Path("runs").absolute() else ("--runs-dir", os.path.relpath(run.runs_dir))
     return shlex.join(("distlm", verb, *which, *arguments, *place))
 

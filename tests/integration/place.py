@@ -115,6 +115,7 @@ class Place:
         self.temporary.mkdir()
         write_corpus(folder / "corpus.jsonl")
         (folder / "run.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        self.shared_memory = set(Path("/dev/shm").iterdir())
         foreign = ("RAY_", "MLFLOW_", "HF_", "XDG_")
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.environ |= {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
@@ -132,6 +133,15 @@ class Place:
             except psutil.Error:
                 continue
         return found
+
+    def listening_ports(self) -> set[int]:
+        """TCP ports that processes from here listen on."""
+        return {
+            connection.laddr.port
+            for process in self.processes()
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
 
     def mlflow_run(self, run: RunFolder) -> Run:
         """The one MLflow run of a distlm run."""
@@ -154,6 +164,8 @@ class Place:
             assert not Path(handle["temporary_root"]).exists()
         assert not list(self.home.iterdir())
         assert not list(self.temporary.iterdir())
+        assert set(Path("/dev/shm").iterdir()) <= self.shared_memory
+        assert not list(run.path.rglob(".*"))  # reserves, half-written files
 
 
 def write_corpus(path: Path) -> None:

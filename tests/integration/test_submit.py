@@ -7,30 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from place import (
-    END_TIMEOUT_S,
     GLOBAL_BATCH,
-    MAX_SEQ_LENGTH,
-    MICRO_BATCH,
-    SEED,
     Command,
     Place,
-    wait_until,
 )
 from saved_state import saved_weights
 
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, CheckpointStore
-from distlm.data.order import samples
-from distlm.data.pack import PackedDataset
 from distlm.errors import ExitCode
 from distlm.run_folder import RunFolder, lease, read_json
 from distlm.tracking.records import read_lines
@@ -222,92 +213,3 @@ def padded_vocab_size(run: RunFolder) -> int:
 def prepared(run: RunFolder) -> dict[str, Any]:
     found: dict[str, Any] = read_json(run.init / "prepared.json")
     return found
-
-
-class TestFailures:
-    """Each hurts a run that would train for ever."""
-
-    def start(self, place: Place, *overrides: str) -> Command:
-        command = place.start("submit", "run.yaml", *ENDLESS, *overrides)
-        command.wait_for("step  ")
-        return command
-
-    def require_ended(self, place: Place, command: Command, code: ExitCode, mlflow_status: str) -> dict[str, Any]:
-        """The result.json of a command that has ended as it should."""
-        assert command.wait(END_TIMEOUT_S) == code, (command.out, command.err)
-        place.require_nothing_left(command.run)
-        assert place.mlflow_run(command.run).info.status == mlflow_status
-        result = read_json(command.run.attempts()[-1].result_json)
-        assert result["exit_code"] == code
-        return result
-
-    def test_a_killed_worker(self, place: Place, success: Command) -> None:
-        command = self.start(place)
-        assert "(from the cache)" in command.out
-        self.worker(command, rank=1).kill()
-        result = self.require_ended(place, command, ExitCode.INFRASTRUCTURE, "FAILED")
-        assert result["rank"] == 1
-        assert "infrastructure on rank 1: the worker process died" in command.err
-        assert Path(result["log"]).name == "rank-00001.log"
-
-    def worker(self, command: Command, rank: int) -> psutil.Process:
-        log = str(command.run.attempts()[-1].worker_log(rank))
-        for process in command.controller.children(recursive=True):
-            if any(os.path.realpath(link) == log for link in Path(f"/proc/{process.pid}/fd").iterdir()):
-                return process
-        raise AssertionError(f"no process writes {log}")
-
-    def test_an_error_on_one_rank_is_told_from_those_that_follow(self, place: Place, success: Command) -> None:
-        # One token of a sample that rank 1 trains on in step 2 becomes larger than the vocabulary.
-        (path,) = map(Path, prepared(success.run)["train_paths"])
-        _, indices = samples(GLOBAL_BATCH + MICRO_BATCH, 1, len(PackedDataset([path])), SEED)
-        sample = PackedDataset([path])[indices][0].astype(np.uint16)
-        content = path.read_bytes()
-        assert content.count(sample.tobytes()) == 1
-        broken = np.where(np.arange(MAX_SEQ_LENGTH) % (MAX_SEQ_LENGTH - 1) == 0, sample, 60_000).astype(np.uint16)
-        path.write_bytes(content.replace(sample.tobytes(), broken.tobytes()))
-        try:
-            command = place.start("submit", "run.yaml", *ENDLESS)
-            assert command.wait() == ExitCode.FAILED, (command.out, command.err)
-        finally:
-            path.write_bytes(content)
-        assert "failed on rank 1" in command.err and "index out of range" in command.err
-        assert "rank-00001.log" in command.err and "rank 0" not in command.err
-        self.require_ended(place, command, ExitCode.FAILED, "FAILED")
-
-    def test_ctrl_c_while_training(self, place: Place, success: Command) -> None:
-        command = self.start(place)
-        other = place.start("resume", command.run.run_id)
-        assert other.wait() == ExitCode.BAD_INPUT
-        assert f"is being trained by process {command.controller.pid} on" in other.err
-        command.process.send_signal(signal.SIGINT)
-        self.require_ended(place, command, ExitCode.CANCELLED, "KILLED")
-        assert "cancelled: stopped on request" in command.err
-
-    @pytest.mark.parametrize(("moment", "number"), [("run ", signal.SIGINT), ("preparing data", signal.SIGTERM)])
-    def test_a_signal_while_starting(self, place: Place, success: Command, moment: str, number: signal.Signals) -> None:
-        command = place.start("submit", "run.yaml")
-        command.wait_for(moment)
-        command.process.send_signal(number)
-        assert command.wait(END_TIMEOUT_S) == ExitCode.CANCELLED, (command.out, command.err)
-        place.require_nothing_left(command.run)
-        assert "cancelled: stopped on request" in command.err
-        assert "starting 2 workers" not in command.out and not place.mlflow_runs(command.run)
-
-    def test_the_command_is_killed(self, place: Place, success: Command) -> None:
-        command = self.start(place)
-        command.process.kill()
-        command.process.wait()
-        wait_until(lambda: not place.processes(), END_TIMEOUT_S, "the end of the controller")
-        result = read_json(command.run.attempts()[-1].result_json)
-        assert result["exit_code"] == ExitCode.CANCELLED
-        assert place.mlflow_run(command.run).info.status == "KILLED"
-        place.require_nothing_left(command.run)
-
-    def test_the_controller_is_killed(self, place: Place, success: Command) -> None:
-        command = self.start(place)
-        command.controller.kill()
-        assert command.wait(END_TIMEOUT_S) == ExitCode.INFRASTRUCTURE, (command.out, command.err)
-        assert "the controller ended without a result (killed by SIGKILL)" in command.err
-        place.require_nothing_left(command.run)
-        assert read_json(command.run.attempts()[-1].result_json)["exit_code"] == ExitCode.INFRASTRUCTURE

@@ -20,6 +20,7 @@ from distlm.launchers.local import LocalLauncher
 from distlm.run_folder import AttemptFolder, RunFolder, read_json
 from distlm.verify_resume.evidence import was_killed
 from distlm.verify_resume.samples import read_samples
+from distlm.view import View
 
 GLOBAL_BATCH, MICRO_BATCH, SEED = 8, 2, 11
 CONFIG = {
@@ -118,11 +119,11 @@ def test_a_broken_resume_is_found(
     """A moment of one parameter is lost between the pieces, from a checkpoint that is consistent otherwise."""
     submit = LocalLauncher.submit
 
-    def damage_and_submit(self: LocalLauncher, request: Request, attempt: AttemptFolder, detach: bool) -> int:
+    def damage_and_submit(self: LocalLauncher, request: Request, attempt: AttemptFolder, view: View) -> int:
         if attempt.number == 2:
             (checkpoint,) = CheckpointStore(attempt.path.parents[1] / "checkpoints").checkpoints()
             lose_moment(checkpoint, "bert.embeddings.word_embeddings.weight:exp_avg:0")
-        return submit(self, request, attempt, detach)
+        return submit(self, request, attempt, view)
 
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

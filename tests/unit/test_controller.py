@@ -1,9 +1,10 @@
-"""The controller's decisions that need no cluster: which failure came first, progress lines, the lease, the result."""
+"""The controller's decisions that need no cluster: the lease, the result, requests to stop, late messages."""
 
 from __future__ import annotations
 
 import io
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,13 +16,14 @@ from fabricated import give_format_version, write
 
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.config.load import load_tree
-from distlm.controller.__main__ import main, write_result
+from distlm.controller.__main__ import main
 from distlm.controller.attempt import AttemptController, checkpoint_to_continue
-from distlm.controller.policy import Outcome, StopAtFirstFailure
+from distlm.controller.policy import StopAtFirstFailure
 from distlm.controller.preflight import check_free_space
-from distlm.controller.progress import Progress, format_duration
-from distlm.controller.trainer import first_failure
-from distlm.errors import CheckpointError, ExitCode, InputError, UnknownFormatError
+from distlm.controller.progress import Progress
+from distlm.controller.stop import StopRequest
+from distlm.errors import Cancelled, Cause, CheckpointError, ExitCode, InputError, Preempted, UnknownFormatError
+from distlm.outcome import Follower, Outcome, write_result
 from distlm.run_folder import (
     AttemptFolder,
     RunFolder,
@@ -32,88 +34,12 @@ from distlm.run_folder import (
     run_created_s,
     write_json,
 )
-
-
-class WorkerGroupError(Exception):
-    """Stands in for Ray Train's, which carries the exception of each rank."""
-
-    def __init__(self, worker_failures: dict[int, Exception]) -> None:
-        super().__init__("workers failed")
-        self.worker_failures = worker_failures
-
-
-def failure(rank: int, message: str, timestamp_ms: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "kind": "failure", "rank": rank, "host": f"node{rank}", "incarnation": 1, "timestamp_ms": timestamp_ms,
-        "type": "RuntimeError", "message": message, "details": "trace", "exit_code": 1, "expected": False,
-    } | fields  # fmt: skip
-
-
-def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
-    outcome = first_failure(
-        [
-            failure(0, "[gloo] Connection closed by peer [10.0.0.1]:3", 100),  # noticed before the cause was reported
-            failure(1, "index 7 is out of range\nmore", 200),
-            failure(2, "something later", 300),
-        ],
-        WorkerGroupError({}),
-    )
-    assert (outcome.rank, outcome.host, outcome.exit_code) == (1, "node1", ExitCode.FAILED)
-    assert outcome.message == "RuntimeError: index 7 is out of range"
-
-
-def test_an_error_made_on_purpose_keeps_its_text_and_exit_code() -> None:
-    message = "step-00000001: rank 1: no space; Connection reset by peer"
-    outcome = first_failure([failure(1, message, 5, exit_code=3, expected=True)], WorkerGroupError({}))
-    assert (outcome.exit_code, outcome.message) == (ExitCode.INFRASTRUCTURE, message)
-
-
-def test_of_an_error_that_all_ranks_raise_the_rank_where_it_happened_is_named() -> None:
-    message = "rank 1: cannot write shard-00001: No space left on device"
-    together = {"exit_code": 3, "expected": True}
-    failures = [failure(0, message, 5, follows=True, **together), failure(1, message, 9, follows=False, **together)]
-    outcome = first_failure(failures, WorkerGroupError({}))
-    assert (outcome.rank, outcome.host, outcome.message) == (1, "node1", message)
-
-
-def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
-    followers = [failure(0, "Connection reset by peer", 100)]
-    outcome = first_failure(followers, WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError("The actor died")}))
-    assert (outcome.rank, outcome.exit_code) == (1, ExitCode.INFRASTRUCTURE)
-    assert "The actor died" in outcome.message
-
-
-def test_a_failure_without_any_worker_is_infrastructure() -> None:
-    outcome = first_failure([], ConnectionError("\n\nthe head node has gone\ntrace"))
-    assert (outcome.rank, outcome.exit_code) == (None, ExitCode.INFRASTRUCTURE)
-    assert outcome.message == "ConnectionError: the head node has gone"
+from distlm.view.plain import PlainView
 
 
 @pytest.mark.parametrize("code", list(ExitCode))
 def test_the_first_policy_never_trains_again(code: ExitCode) -> None:
     assert not StopAtFirstFailure().decide(Outcome(code), 1).train_again
-
-
-def test_progress_says_step_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, now = io.StringIO(), 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    progress = Progress(stream)
-    progress.begin(200)
-    values = {"train/loss": 7.5, "throughput/tokens_per_s": 1234.5}
-    progress.metrics(20, values)
-    now += 30
-    progress.metrics(50, values)
-    progress.metrics(50, {"eval/loss": 7.0, "eval/perplexity": 1096.6, "eval/accuracy": 0.05})
-    progress.metrics(50, {"time/checkpoint_s": 1.0})
-    assert stream.getvalue().splitlines() == [
-        "step  20/200  loss 7.5000  1,234 tokens/s  ETA -",
-        "step  50/200  loss 7.5000  1,234 tokens/s  ETA 2m 30s",
-        "step  50/200  eval loss 7.0000  perplexity 1096.6  accuracy 0.050",
-    ]
-
-
-def test_durations_read_well() -> None:
-    assert [format_duration(s) for s in (0, 59.6, 75, 3600, 90061)] == ["0s", "1m 00s", "1m 15s", "1h 00m", "25h 01m"]
 
 
 def make_run(tmp_path: Path) -> tuple[RunFolder, AttemptFolder]:
@@ -154,8 +80,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_result_names_rank_host_cause_and_log(tmp_path: Path) -> None:
     _, attempt = make_run(tmp_path)
-    write_result(attempt, Outcome(ExitCode.FAILED, "ValueError: x", 1, "node1", "trace"), started=0.0)
+    followers = [Follower(0, "lost rank 1", "node0")]
+    outcome = Outcome(
+        ExitCode.FAILED, "ValueError: x", 1, "node1", "trace", Cause.CODE, "a.py:3 in f", "mend it", followers
+    )
+    write_result(attempt, outcome, started=0.0)
     result = read_json(attempt.result_json)
+    assert (result["cause"], result["place"], result["advice"]) == ("code", "a.py:3 in f", "mend it")
+    assert result["followers"] == [{"rank": 0, "message": "lost rank 1", "host": "node0", "is_same": False}]
+    assert result["started_at"] == "1970-01-01T00:00:00+00:00" < result["ended_at"]
     assert result["state"] == "failed" and result["exit_code"] == 1
     assert (result["rank"], result["host"], result["message"]) == (1, "node1", "ValueError: x")
     assert result["log"] == str(attempt.worker_log(1))
@@ -191,14 +124,14 @@ def manifest_of(run: RunFolder, step: int) -> Path:
 
 
 def test_a_new_run_begins_from_the_start(tmp_path: Path) -> None:
-    assert checkpoint_to_continue(make_run(tmp_path)[0], Progress(io.StringIO())) is None
+    assert checkpoint_to_continue(make_run(tmp_path)[0], Progress(PlainView(io.StringIO()))) is None
 
 
 def test_the_newest_good_checkpoint_is_continued_and_damaged_ones_are_named(tmp_path: Path) -> None:
     run, said = run_with_checkpoints(tmp_path, 10, 20, 30), io.StringIO()
     manifest_of(run, 30).write_text("{")
     (run.checkpoints / "step-99999999").mkdir()
-    assert checkpoint_to_continue(run, Progress(said)) == Checkpoint(20, run.checkpoints / "step-00000020")
+    assert checkpoint_to_continue(run, Progress(PlainView(said))) == Checkpoint(20, run.checkpoints / "step-00000020")
     first, second = said.getvalue().splitlines()
     assert "step-99999999" in first and "never committed" in first and "step-00000030" in second
 
@@ -210,7 +143,7 @@ def test_where_no_checkpoint_is_good_training_does_not_begin_from_the_start(tmp_
     with pytest.raises(
         CheckpointError, match=r"none of the run's checkpoints .*step-00000020/manifest\.json is damaged.* move .* away"
     ):
-        checkpoint_to_continue(run, Progress(io.StringIO()))
+        checkpoint_to_continue(run, Progress(PlainView(io.StringIO())))
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
@@ -218,9 +151,11 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(tmp_path:
     run = run_with_checkpoints(tmp_path, 10, 20)
     give_format_version(Checkpoint(20, run.checkpoints / "step-00000020"), 99)
     with pytest.raises(UnknownFormatError, match="has format version 99, and this distlm reads 2; use the distlm that"):
-        checkpoint_to_continue(run, Progress(io.StringIO()))
+        checkpoint_to_continue(run, Progress(PlainView(io.StringIO())))
     write(CheckpointStore(run.checkpoints), 30)  # a newer one that is good leaves nothing to train again
-    assert checkpoint_to_continue(run, Progress(io.StringIO())) == Checkpoint(30, run.checkpoints / "step-00000030")
+    assert checkpoint_to_continue(run, Progress(PlainView(io.StringIO()))) == Checkpoint(
+        30, run.checkpoints / "step-00000030"
+    )
 
 
 def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +168,32 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypat
     check_free_space(config.config, run_with_checkpoints(tmp_path / "resumed", 10, 20), num_parameters)
     with pytest.raises(InputError, match="3 checkpoints and the model of 1,000 parameters need"):
         check_free_space(config.config, make_run(tmp_path / "new")[0], num_parameters)
+
+
+# --- requests to stop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [
+        ([signal.SIGINT], Cancelled),
+        ([signal.SIGTERM], Preempted),
+        ([signal.SIGHUP], Preempted),
+        ([None], Preempted),  # the command has died
+        ([signal.SIGTERM, signal.SIGTERM], Cancelled),  # nothing was saved
+        ([signal.SIGINT, signal.SIGTERM], Cancelled),
+    ],
+)
+def test_the_first_request_decides_how_the_attempt_ends_and_the_second_ends_it_now(
+    signals: list[int | None], expected: type[Exception]
+) -> None:
+    stop = StopRequest()
+    assert not stop.is_asked and not stop.is_urgent
+    for number in signals:
+        stop.ask("because", number)
+    assert stop.is_asked and stop.is_urgent == (len(signals) > 1)
+    error = stop.error("stopped after step 7")
+    assert type(error) is expected and str(error) == "stopped after step 7 (because)"
 
 
 # --- what the workers report ------------------------------------------------------------------------------------------
