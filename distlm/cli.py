@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(verb=_later("verify_resume", "verify_resume"))
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of the config, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print it as a page for people, docs/config.md")
     schema.set_defaults(verb=_later("config", "schema"))
 
     ui = verbs.add_parser("ui", help="open the MLflow UI on the embedded store")
