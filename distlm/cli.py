@@ -13,18 +13,62 @@ from pathlib import Path
 
 from distlm import __version__
 from distlm.console import exit_code_of
+from distlm.errors import ExitCode
 
-_EPILOG = """exit codes: 0 succeeded; 1 failed, would fail again; 2 bad input; 3 infrastructure failed;
-75 preempted, continue with resume; 130 cancelled"""
+_EPILOG = """examples:
+  distlm validate configs/pretrain.yaml     every problem of it, with its line
+  distlm submit configs/pretrain.yaml       train, and show how it goes
+  distlm resume last                        continue the newest run
+
+distlm VERB --help has more. Every key of the config: distlm schema --markdown
+
+exit codes: 0 succeeded; 1 failed, would fail again; 2 bad input;
+3 infrastructure failed; 75 preempted, continue with resume; 130 cancelled"""
+
+_EXAMPLES = {
+    "submit": """
+  distlm submit configs/pretrain.yaml
+  distlm submit configs/pretrain.yaml training.max_steps=1000 seed=7
+  distlm submit configs/pretrain.yaml --dry-run""",
+    "resume": """
+  distlm resume last
+  distlm resume 20260131-23 training.max_steps=20000
+  distlm resume last resources.num_workers=4 deepspeed.zero_stage=3""",
+    "validate": """
+  distlm validate configs/pretrain.yaml
+  distlm validate configs/pretrain.yaml 'data.train.0.paths=["corpus/*.txt"]'""",
+    "verify-resume": """
+  distlm verify-resume configs/pretrain.yaml
+  distlm verify-resume configs/pretrain.yaml --workers 2,2,1 --steps 20""",
+    "schema": """
+  distlm schema > config.schema.json
+  distlm schema --markdown | less""",
+    "ui": """
+  distlm ui
+  distlm ui --runs-dir elsewhere/runs --port 5001""",
+    "sync": """
+  distlm sync last""",
+    "checkpoints": """
+  distlm checkpoints last
+  distlm checkpoints last --verify""",
+    "export": """
+  distlm export last my-model
+  distlm export last my-model --step best""",
+}
 
 _CHECKPOINTS_EPILOG = """states:
-  committed    whole: the manifest is good, the files are there in its sizes; their bytes were not read
+  committed    whole: the manifest is good, the files are there in its sizes;
+               their bytes were not read
   verified     with --verify: every byte has its hash
-  damaged      never restored, and why; a resume uses the newest one that is not damaged
-  unknown      of a format version that this distlm does not read; a resume refuses to go on without it
-  unfinished   being written or deleted, or left so by a killed process; the next attempt clears it away
+  damaged      never restored, and why; a resume uses the newest one that is
+               not damaged
+  unknown      of a format version that this distlm does not read; a resume
+               refuses to go on without it
+  unfinished   being written or deleted, or left so by a killed process; the
+               next attempt clears it away
 
-exit codes: 0 none is damaged or unknown (or there are none); 2 bad input; 3 some are"""
+exit codes: 0 none is damaged or unknown (or there are none); 2 bad input;
+3 some are"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; overrides may stand anywhere, of which argparse alone takes those before the first option only."""
     parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        parser.exit(ExitCode.BAD_INPUT)
     options, rest = parser.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
@@ -51,17 +98,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="distlm",
         description="One YAML file describes a training run; distlm trains it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"distlm {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    submit = verbs.add_parser("submit", help="train a run from its config")
+    submit = verbs.add_parser(
+        "submit",
+        help="train a run from its config",
+        description="Train a run from its config, on this machine or on the Ray cluster that RAY_ADDRESS names. "
+        "Everything that it leaves is in runs/RUN_ID.",
+    )
     submit.add_argument("config", type=Path, help="YAML file")
     submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
     submit.set_defaults(verb=_later("submit", "submit"))
 
-    resume = verbs.add_parser("resume", help="continue a run from its last good checkpoint")
+    resume = verbs.add_parser(
+        "resume",
+        help="continue a run from its last good checkpoint",
+        description="Continue a run from its last good checkpoint. Workers, ZeRO stage, max_steps and what is about "
+        "saving, evaluation and logging may change; what would train something else is refused.",
+    )
     resume.add_argument("run", help="id (or its beginning), folder, or 'last'")
     resume.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     resume.set_defaults(verb=_later("submit", "resume"))
@@ -72,16 +129,25 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
         verb.add_argument("--json", action="store_true", help="print events for programs, one line of JSON each")
 
-    validate = verbs.add_parser("validate", help="check a config and its local files, listing all problems")
+    validate = verbs.add_parser(
+        "validate",
+        help="list every problem of a config and its local files",
+        description="Check a config and its local files, and list every problem with its line. Starts nothing.",
+    )
     validate.add_argument("config", type=Path, help="YAML file")
-    validate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    validate.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000"
+    )
     validate.set_defaults(verb=_later("config", "validate"))
 
     verify = verbs.add_parser(
-        "verify-resume", help="check on a few steps that a run of this config resumes exactly, killed and resized"
+        "verify-resume",
+        help="try whether a run of this config resumes exactly",
+        description="Train a few steps of this config straight, and again in pieces, with workers killed and their "
+        "number changed, and compare samples, losses and weights.",
     )
     verify.add_argument("config", type=Path, help="YAML file")
-    verify.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    verify.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000")
     verify.add_argument("--steps", type=int, default=12, help="steps to train (default: 12)")
     verify.add_argument(
         "--workers", type=_sizes, metavar="N,N,...",
@@ -90,16 +156,32 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--keep", action="store_true", help="keep the runs, also if all is well")
     verify.set_defaults(verb=_later("verify_resume", "verify_resume"))
 
-    schema = verbs.add_parser("schema", help="print the JSON Schema of the config, for editors")
+    schema = verbs.add_parser(
+        "schema",
+        help="print every key of the config, for editors and people",
+        description="Print every key of the config with its type, default and meaning, as JSON Schema for editors.",
+    )
+    schema.add_argument(
+        "--markdown", action="store_true", help="print them as a page for people instead: docs/config.md"
+    )
     schema.set_defaults(verb=_later("config", "schema"))
 
-    ui = verbs.add_parser("ui", help="open the MLflow UI on the embedded store")
+    ui = verbs.add_parser(
+        "ui",
+        help="show the curves of all runs in MLflow's UI",
+        description="Serve MLflow's UI on the embedded store, runs/mlflow.db, until Ctrl-C.",
+    )
     ui.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
-    ui.add_argument("--port", type=int, default=5000)
-    ui.add_argument("--host", default="127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     ui.set_defaults(verb=_later("tracking", "ui"))
 
-    sync = verbs.add_parser("sync", help="send to MLflow what it has not had yet of a run")
+    sync = verbs.add_parser(
+        "sync",
+        help="send to MLflow what it missed of a run",
+        description="Send to MLflow what it has not had yet of a run, for example because its server was down: "
+        "metrics, logs and the model. Sending twice adds nothing twice.",
+    )
     sync.add_argument("run", help="id (or its beginning), folder, or 'last'")
     sync.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     sync.set_defaults(verb=_later("tracking", "sync"))
@@ -109,7 +191,6 @@ def _parser() -> argparse.ArgumentParser:
         help="list the checkpoints of a run",
         description="List the checkpoints of a run, newest first.",
         epilog=_CHECKPOINTS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     checkpoints.add_argument("run", help="id (or its beginning), folder, or 'last'")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
@@ -119,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = verbs.add_parser(
         "export",
-        help="write a checkpoint as a Hugging Face folder, on this machine alone",
+        help="write a checkpoint as a Hugging Face folder",
         description="Write the weights of a checkpoint (fp32), its config, tokenizer and model card into a new folder "
         "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model.",
     )
@@ -133,7 +214,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     export.set_defaults(verb=_later("checkpoints", "export"))
+
+    for name, examples in _EXAMPLES.items():
+        verb = verbs.choices[name]
+        verb.formatter_class = _HelpFormatter
+        verb.epilog = "\n\n".join(filter(None, [f"examples:{examples}", verb.epilog]))
     return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """What has lines of its own keeps them, and no verb is so long that what it does begins on the next line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = len("    verify-resume")  # argparse forgets that verbs are indented
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def _later(module: str, name: str) -> Callable[[argparse.Namespace], int]:

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from distlm.config.load import load_config
+from distlm.config.reference import config_reference
 from distlm.config.resolve import batch_plan
 from distlm.config.schema import RunConfig
 from distlm.console import say
@@ -25,6 +26,9 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def schema(options: argparse.Namespace) -> int:
+    if options.markdown:
+        say(config_reference(), end="")
+        return ExitCode.SUCCEEDED
     say(
         json.dumps(
             {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}, indent=2
