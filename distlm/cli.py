@@ -29,7 +29,10 @@ _EXAMPLES = {
     "submit": """
   distlm submit configs/pretrain.yaml
   distlm submit configs/pretrain.yaml training.max_steps=1000 seed=7
-  distlm submit configs/pretrain.yaml --dry-run""",
+  distlm submit configs/pretrain.yaml --dry-run
+
+Ctrl-C finishes the step, saves a checkpoint and says how to resume; a second
+one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
     "resume": """
   distlm resume last
   distlm resume 20260131-23 training.max_steps=20000
