@@ -19,8 +19,9 @@ from distlm.config.load import load_config
 from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import say
-from distlm.errors import ExitCode
-from distlm.launchers.local import LocalLauncher
+from distlm.errors import Cause, ExitCode
+from distlm.launchers.local import LocalLauncher, end_abandoned
+from distlm.outcome import Outcome
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json
 from distlm.view import Event, View, make_event
@@ -49,6 +50,9 @@ def resume(options: argparse.Namespace) -> int:
         return ExitCode.SUCCEEDED
     loaded, changes = changed_config(run, options.overrides, LocalLauncher().check)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
+        if last is None and (attempts := run.attempts()):
+            text = "the controller and the command that waited for it were killed"
+            end_abandoned(attempts[-1], Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE))
         attempt = begin_attempt(loaded, run, options.overrides, changes=changes)
     return _begin(run, attempt, options)
 

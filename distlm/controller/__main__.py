@@ -7,13 +7,12 @@ attempt that has a result already is not run again: the process exits with its c
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,25 +102,15 @@ _CACHES = {
 
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> Outcome:
     from distlm.controller.attempt import AttemptController
-    from distlm.controller.cluster import make_temporary_root
+    from distlm.controller.cluster import temporary_root
 
     for variable, name in _CACHES.items():
         os.environ.setdefault(variable, str(run.cache / "libraries" / name))
     controller = AttemptController(run, folder, progress, stop)
-    temporary_root = None if os.environ.get("RAY_ADDRESS") else make_temporary_root()
-    try:
-        write_json(
-            folder.handle_json,
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "temporary_root": str(temporary_root or ""),
-            },
-        )
-        return controller.execute(temporary_root)
-    finally:
-        if temporary_root is not None:
-            shutil.rmtree(temporary_root, ignore_errors=True)
+    with nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root() as root:
+        handle = {"host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(root or "")}
+        write_json(folder.handle_json, handle)
+        return controller.execute(root)
 
 
 @contextmanager

@@ -363,10 +363,14 @@ class AttemptController:
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
             recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
-        problem = ""
+        problem, num_requests = "", self.stop.num_requests
+
+        def give_up() -> bool:
+            return self.stop.num_requests > num_requests  # by one that came while we waited
+
         timeout_s = _TRACKER_TIMEOUT_S / 6 if self.stop.is_asked else _TRACKER_TIMEOUT_S
         try:
-            is_delivered = recorder.close(_mlflow_status(outcome.exit_code), timeout_s)
+            is_delivered = recorder.close(_mlflow_status(outcome.exit_code), timeout_s, give_up)
         except InfrastructureError as error:
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 raise
@@ -383,6 +387,7 @@ class AttemptController:
                 self._tracker.mlflow_run_id,
                 self._tracker.tracking_uri,
                 self.config.tracking.registered_model_name,
+                give_up,
             )
         if problem:
             self.progress.say(

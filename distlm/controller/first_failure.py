@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from distlm.outcome import Follower, Outcome
 Failure = Mapping[str, Any]
 """What a worker tells of its exception: see `distlm.worker.failure`."""
 
-_RAY_MEMORY_SIGNS = ("running low on memory", "memory usage threshold", "out of memory", "oom")
+_RAY_KILLED_IT = "running low on memory"
+"""What Ray says of workers that it has killed itself. It names the kernel's OOM killer for every death."""
 
 
 def first_failure(failures: Sequence[Failure], error: BaseException, kernel_killed: bool = False) -> Outcome:
@@ -53,18 +55,17 @@ def _told(first: Failure, failures: Sequence[Failure]) -> Outcome:
 
 def _silent(rank: int, of_ranks: Mapping[int, Exception], failures: Sequence[Failure], kernel_killed: bool) -> Outcome:
     """A worker is gone without a word."""
-    details = str(of_ranks[rank]).strip()
-    for_want_of_memory = kernel_killed or any(sign in details.lower() for sign in _RAY_MEMORY_SIGNS)
-    if for_want_of_memory:
+    details = str(of_ranks[rank])
+    if kernel_killed or _RAY_KILLED_IT in details:
         killer = "the kernel" if kernel_killed else "Ray"
         cause, text = Cause.OUT_OF_MEMORY, f"the worker process was killed by {killer} because memory ran out"
     else:
-        reason = details.splitlines()[0] if details else "no reason given"
-        text = f"the worker process died without an error of its own (killed, crashed): {reason}"
-        cause = Cause.NODE_LOST
+        cause, text = Cause.NODE_LOST, "the worker process died without an error of its own (killed or crashed)"
+    host = re.search(r"hostname='([^']*)'", details)
     return Outcome(
-        exit_code_of_cause(cause), text, rank, "", details, cause, followers=_followers(failures, rank, text)
-    )
+        exit_code_of_cause(cause), text, rank, host[1] if host else "", details, cause,
+        followers=_followers(failures, rank, text),
+    )  # fmt: skip
 
 
 def _unexplained(failures: Sequence[Failure]) -> Outcome:

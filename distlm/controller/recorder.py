@@ -155,10 +155,11 @@ class Recorder:
         """The outage that lasts, in one line without secrets; empty when there is none."""
         return self._delivery.problem if self._delivery else ""
 
-    def close(self, status: str, timeout_s: float = 60.0) -> bool:
+    def close(self, status: str, timeout_s: float = 60.0, give_up: Callable[[], bool] = lambda: False) -> bool:
         """Record how the attempt ended (FINISHED, FAILED or KILLED) and flush; whether the tracker has everything.
 
-        Waits for the tracker for at most `timeout_s`. What is missing then, `distlm.tracking.delivery.sync` sends.
+        Waits for the tracker for at most `timeout_s`, or until `give_up`. What is missing then,
+        `distlm.tracking.delivery.sync` sends.
 
         Raises:
             InfrastructureError: the file has not got everything, or not durably.
@@ -175,7 +176,7 @@ class Recorder:
             with suppress(OSError):
                 cut_torn_line(self._path)
             raise self._error()
-        return self._delivery.close(timeout_s) if self._delivery else True
+        return self._delivery.close(timeout_s, give_up) if self._delivery else True
 
     def _append(self, fsync: bool) -> None:
         """Write what waits, as far as the storage takes it. A line that is cut there goes on where it was cut; until

@@ -36,9 +36,13 @@ class StopRequest:
         return bool(self._reasons)
 
     @property
+    def num_requests(self) -> int:
+        return len(self._reasons)
+
+    @property
     def is_urgent(self) -> bool:
         """Asked more than once: stop without saving."""
-        return len(self._reasons) > 1
+        return self.num_requests > 1
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until somebody asks, for up to `timeout_s`; whether somebody has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from typing import Any
 
@@ -32,6 +33,7 @@ class Incarnation:
         return self._thread.is_alive()
 
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
+        storage = attempt.path / "ray_train"  # for Ray's bookkeeping, which nothing reads
         try:
             import ray.train
             from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -45,15 +47,17 @@ class Incarnation:
                     use_gpu=cluster.device == "cuda",
                     resources_per_worker={"CPU": cluster.cpus_per_worker},
                 ),
-                # Retries are decided by our own loop; Ray's storage holds nothing but its bookkeeping.
+                # Retries are decided by our own loop.
                 run_config=ray.train.RunConfig(
                     name=f"incarnation-{arguments.incarnation}",
-                    storage_path=str(attempt.path / "ray_train"),
+                    storage_path=str(storage),
                     failure_config=ray.train.FailureConfig(max_failures=0),
                 ),
             ).fit()
         except BaseException as error:  # noqa: BLE001 - carried over to the controller's thread
             self._error = error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
 
     def outcome(self, failures: list[dict[str, Any]]) -> Outcome:
         """How it ended. `failures` are the messages of workers that could still tell what happened to them."""

@@ -83,7 +83,8 @@ class LocalLauncher:
                 _show_events(ours, view)
                 code = controller.wait()
         if read_json(attempt.result_json) is None:
-            _end_for(attempt, _how_it_ended(code, received, count_oom_kills() != oom_kills))
+            end_abandoned(attempt, _how_it_ended(code, received, count_oom_kills() != oom_kills))
+            _tell_mlflow(attempt)
         result = read_json(attempt.result_json)
         view.show(make_event("result", **result))
         return int(result["exit_code"])
@@ -145,14 +146,17 @@ def _how_it_ended(code: int, received: list[int], kernel_killed: bool) -> Outcom
     return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE)
 
 
-def _end_for(attempt: AttemptFolder, outcome: Outcome) -> None:
-    """Do what a killed controller could not do any more. Its processes have ended with it."""
+def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
+    """Do in its folder what a killed controller could not do any more. Its processes have ended with it."""
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
     attempt.clear_reserves()
     write_result(attempt, outcome, started=None)
-    # MLflow would say RUNNING for ever. Where it does not answer, `distlm sync` does the same later.
+
+
+def _tell_mlflow(attempt: AttemptFolder) -> None:
+    """Else it would say RUNNING for ever. Where it does not answer, `distlm sync` does the same later."""
     command = [sys.executable, "-m", "distlm.tracking.sync", "--without-model", str(attempt.run.path)]
     with open(attempt.controller_log, "ab") as log, suppress(subprocess.TimeoutExpired):
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=_SYNC_TIMEOUT_S)

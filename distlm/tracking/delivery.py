@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 _POINTS_PER_CHUNK = 1000
 _LONGEST_PAUSE_S = 30.0
 _LONGEST_PAUSE_WHILE_CLOSING_S = 1.0
+_CLOSING_INTERVAL_S = 0.2
 
 
 def sync(run_folder: RunFolder, tracker: Tracker) -> int:
@@ -183,12 +185,15 @@ class DeliveryThread:
                 raise self._fatal
             return self._connected
 
-    def close(self, timeout_s: float) -> bool:
-        """Try to deliver the rest for up to `timeout_s`, then stop; whether everything was delivered."""
+    def close(self, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Try to deliver the rest for up to `timeout_s`, or until `give_up`, then stop; whether everything was
+        delivered."""
+        deadline_s = time.monotonic() + timeout_s
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._all_served() or self._fatal, timeout_s)
+            while not (self._all_served() or self._fatal or give_up() or time.monotonic() > deadline_s):
+                self._changed.wait(_CLOSING_INTERVAL_S)
             self._stopped = True
             self._changed.notify_all()
             return self._all_served()

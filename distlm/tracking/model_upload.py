@@ -10,6 +10,8 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +19,16 @@ from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, read_json, write_json
 
 _TIMEOUT_S = 3600.0
+_POLL_INTERVAL_S = 0.2
 
 
-def upload_once(run: RunFolder, mlflow_run_id: str, tracking_uri: str, registered_model_name: str | None) -> str:
+def upload_once(
+    run: RunFolder,
+    mlflow_run_id: str,
+    tracking_uri: str,
+    registered_model_name: str | None,
+    give_up: Callable[[], bool] = lambda: False,
+) -> str:
     """Upload model/ in a child process unless this MLflow run has it; why that failed in one line, or "".
 
     model_upload.json in the run's folder remembers what was uploaded where.
@@ -30,19 +39,26 @@ def upload_once(run: RunFolder, mlflow_run_id: str, tracking_uri: str, registere
     command = [sys.executable, "-m", __name__, str(run.path), "--mlflow-run-id", mlflow_run_id]
     if registered_model_name:
         command += ["--registered-model-name", registered_model_name]
-    try:
-        child = subprocess.run(
-            command,
-            env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri},
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return f"the upload took more than {_TIMEOUT_S:.0f} s"
-    print(redact_uri(child.stdout + child.stderr), flush=True)  # the controller's log
-    lines = (child.stdout if child.returncode == 0 else child.stderr).strip().splitlines()
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            out, err = child.communicate(timeout=_POLL_INTERVAL_S)
+            break
+        except subprocess.TimeoutExpired:
+            if give_up() or time.monotonic() > deadline_s:
+                child.kill()
+                child.communicate()
+                return "the upload was stopped" if give_up() else f"the upload took more than {_TIMEOUT_S:.0f} s"
+    print(redact_uri(out + err), flush=True)  # the controller's log
+    lines = (out if child.returncode == 0 else err).strip().splitlines()
     if child.returncode != 0:
         return redact_uri(lines[-1]) if lines else f"exit code {child.returncode}"
     write_json(run.model_upload_json, {"mlflow_run_id": mlflow_run_id, "model_uri": lines[-1]})

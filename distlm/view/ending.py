@@ -12,7 +12,7 @@ from typing import Any
 from distlm.errors import Cause, ExitCode, Problem
 from distlm.run_folder import RunFolder
 
-_MAX_CHARACTERS = 400
+_MAX_CHARACTERS, _MAX_FOLLOWER_CHARACTERS = 400, 120
 """Of what a library says."""
 _WORDS = {ExitCode.PREEMPTED: "preempted", ExitCode.CANCELLED: "cancelled"}
 
@@ -37,9 +37,7 @@ def command(run: RunFolder, verb: str, *arguments: str) -> str:
 
 
 def _first_line(result: Mapping[str, Any]) -> str:
-    text = result["message"]
-    if len(text) > _MAX_CHARACTERS:
-        text = f"{text[:_MAX_CHARACTERS]}..."
+    text = _cut(result["message"], _MAX_CHARACTERS)
     if result.get("place"):
         text += f" ({result['place']})"
     parts = [f"failed{_where(result)}: {result.get('cause') or 'infrastructure'}: {text}"]
@@ -64,7 +62,11 @@ def _followers(result: Mapping[str, Any]) -> Iterator[str]:
     for message, alike in groupby(followers, key=lambda follower: follower["message"]):
         ranks = sorted(follower["rank"] for follower in alike)
         only = "only followed" if len(followers) < 2 or len(ranks) == len(followers) else "followed"
-        yield f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} {only}: {message[:_MAX_CHARACTERS]}"
+        yield f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} {only}: {_cut(message, _MAX_FOLLOWER_CHARACTERS)}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _ranges(numbers: Sequence[int]) -> str:

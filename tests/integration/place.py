@@ -164,7 +164,11 @@ class Place:
             assert not Path(handle["temporary_root"]).exists()
         assert not list(self.home.iterdir())
         assert not list(self.temporary.iterdir())
-        assert set(Path("/dev/shm").iterdir()) <= self.shared_memory
+        shared_memory = Path("/dev/shm")
+        wait_until(
+            lambda: set(shared_memory.iterdir()) <= self.shared_memory,
+            END_TIMEOUT_S, f"the end of {set(shared_memory.iterdir()) - self.shared_memory}",
+        )  # fmt: skip
         assert not list(run.path.rglob(".*"))  # reserves, half-written files
 
 

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -81,7 +82,8 @@ class TestFailures:
         worker(command, rank=1).kill()
         result = require_ended(place, command, ExitCode.INFRASTRUCTURE, "FAILED", "node lost")
         first, *others = command.err.splitlines()
-        assert first.startswith("distlm: failed on rank 1: node lost: the worker process died without an error")
+        assert result["host"] == socket.gethostname()
+        assert first.startswith(f"distlm: failed on rank 1 ({result['host']}): node lost: the worker process died")
         log = f"runs/{command.run.run_id}/attempts/001/logs/rank-00001.log"
         assert first.endswith(f"; log: {log}") and (place.folder / log).is_file()
         assert [follower["rank"] for follower in result["followers"]] == [0]

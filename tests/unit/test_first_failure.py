@@ -66,10 +66,14 @@ def test_of_an_error_that_all_ranks_raise_the_rank_where_it_happened_is_named() 
 
 def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
     followers = [failure(0, "Connection reset by peer", 100)]
-    died = WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError("The actor died")})
+    # Ray's text names the kernel's OOM killer whatever it was.
+    ray_says = (
+        "A worker health check failed. hostname='node1', The actor died (1) killed by the OOM killer due to high memory"
+    )
+    died = WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError(ray_says)})
     outcome = first_failure(followers, died)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (1, ExitCode.INFRASTRUCTURE, Cause.NODE_LOST)
-    assert "The actor died" in outcome.message
+    assert outcome.message.startswith("the worker process died") and outcome.host == "node1"
     assert [follower.rank for follower in outcome.followers] == [0]
 
 
