@@ -14,6 +14,8 @@ from distlm.outcome import Follower, Outcome
 Failure = Mapping[str, Any]
 """What a worker tells of its exception: see `distlm.worker.failure`."""
 
+_SOURCE_FILE = re.compile(r"\[\S+\.(?:cc|cpp|h|cu):\d+\] ")
+"""Where in the source code of torch it was raised, which torch puts first."""
 _RAY_KILLED_IT = "running low on memory"
 """What Ray says of workers that it has killed itself. It names the kernel's OOM killer for every death."""
 
@@ -91,7 +93,9 @@ def _followers(failures: Sequence[Failure], first_rank: int, text: str) -> list[
 
 def _text(failure: Failure) -> str:
     message = failure["message"].strip() or failure["type"]
-    return message if failure["expected"] else f"{failure['type']}: {message.splitlines()[0]}"
+    if failure["expected"]:
+        return message
+    return f"{failure['type']}: {_SOURCE_FILE.sub('', message.splitlines()[0])}"
 
 
 def advice(cause: Cause | None, config: RunConfig) -> str:
@@ -108,7 +112,7 @@ def advice(cause: Cause | None, config: RunConfig) -> str:
                 ways.append(f"use more workers than resources.num_workers={config.resources.num_workers}")
             return " or ".join(ways)
         case Cause.NODE_LOST:
-            return "resume the run; if it happens again, look at the host's own logs"
+            return "if it happens again, look at the host's own logs"
         case Cause.HANG:
-            return "resume the run; the logs of the other ranks tell which one did not answer"
+            return "the logs of the other ranks tell which one did not answer"
     return ""

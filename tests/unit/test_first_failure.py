@@ -37,7 +37,8 @@ def failure(rank: int, message: str, timestamp_ms: int, **fields: Any) -> dict[s
 def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
     outcome = first_failure(
         [
-            failure(0, "[gloo] Connection closed by peer [10.0.0.1]:3", 100),  # noticed before the cause was reported
+            # Noticed before the cause was reported.
+            failure(0, "[/build/gloo/pair.cc:537] Read error [10.0.0.1]:3: Connection closed by peer.", 100),
             failure(1, "index 7 is out of range\nmore", 200),
             failure(2, "something later", 300),
         ],
@@ -46,6 +47,7 @@ def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
     assert (outcome.rank, outcome.host, outcome.exit_code, outcome.cause) == (1, "node1", ExitCode.FAILED, Cause.CODE)
     assert (outcome.message, outcome.place) == ("RuntimeError: index 7 is out of range", "a.py:3 in f")
     assert [(follower.rank, follower.is_same) for follower in outcome.followers] == [(0, False), (2, False)]
+    assert outcome.followers[0].message == "RuntimeError: Read error [10.0.0.1]:3: Connection closed by peer."
 
 
 def test_an_error_made_on_purpose_keeps_its_text_and_exit_code() -> None:

@@ -1,0 +1,75 @@
+"""No process outlives the command that has started it, whoever its parent was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distlm.controller.cluster import temporary_root
+from distlm.processes import count_oom_kills
+
+# Starts a process before the block, and in it a child that leaves an orphan behind and is gone, as a killed controller.
+_COMMAND = """
+import subprocess, sys
+from distlm.processes import no_descendants_left
+
+sleeper = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+kept = subprocess.Popen(sleeper, stdout=subprocess.DEVNULL)
+quiet = "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"
+orphan = "import subprocess, sys; print(subprocess.Popen({sleeper}, " + quiet + ").pid)"
+with no_descendants_left(timeout_s=0.2):
+    told = subprocess.run(
+        [sys.executable, "-c", orphan.format(sleeper=sleeper)], start_new_session=True, capture_output=True, text=True
+    )
+print(kept.pid, kept.poll(), told.stdout.strip())
+kept.kill()
+"""
+
+
+def test_orphans_of_the_block_are_ended_and_what_was_there_before_is_not() -> None:
+    run = subprocess.run([sys.executable, "-c", _COMMAND], capture_output=True, text=True, timeout=60, check=True)
+    kept_pid, kept_code, orphan_pid = run.stdout.split()
+    assert kept_code == "None" and int(kept_pid) > 0
+    assert not psutil.pid_exists(int(orphan_pid))
+
+
+def test_kills_for_want_of_memory_are_counted() -> None:
+    count = count_oom_kills()
+    assert count is None or count >= 0
+
+
+class TestTemporaryRoot:
+    @pytest.fixture(autouse=True)
+    def base(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """Of a short path: those of Ray's sockets have to be."""
+        base = Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))
+        monkeypatch.setattr(tempfile, "tempdir", str(base))
+        yield base
+        shutil.rmtree(base)
+
+    def test_it_is_gone_afterwards(self, base: Path) -> None:
+        with temporary_root() as root:
+            assert [path.name for path in base.iterdir()] == [root.name]
+        assert not list(base.iterdir())
+
+    def test_what_killed_controllers_left_goes_and_what_is_in_use_or_young_stays(self, base: Path) -> None:
+        old = time.time() - 3600
+        stale, young, others = base / "distlm-stale", base / "distlm-young", base / "pip-1"
+        for folder in (stale, young, others):
+            (folder / "ray").mkdir(parents=True)
+        os.utime(stale, (old, old))
+        os.utime(others, (old, old))
+        with temporary_root() as in_use:
+            os.utime(in_use, (old, old))
+            with temporary_root():
+                assert in_use.exists() and young.exists() and others.exists()
+                assert not stale.exists()
