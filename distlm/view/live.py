@@ -13,11 +13,12 @@ import queue
 import re
 import select
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -52,6 +53,7 @@ class LiveView:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-view", daemon=True)
         atexit.register(self.close)
+        self._excepthook, sys.excepthook = sys.excepthook, self._die
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._suspend)
         self._thread.start()
@@ -64,6 +66,8 @@ class LiveView:
 
     def close(self) -> None:
         atexit.unregister(self.close)
+        if sys.excepthook == self._die:
+            sys.excepthook = self._excepthook
         self._closing.set()
         self._thread.join(_LAST_REFRESH_TIMEOUT_S)
 
@@ -87,12 +91,17 @@ class LiveView:
     def _log(self) -> list[Text]:
         """What the events since the last refresh add to the log."""
         log = []
-        while not self._events.empty():
+        for _ in range(self._events.qsize()):
             event = self._events.get()
             self.state.update(event)
             style = "yellow" if event["event"] in ("warning", "stopping") else ""
             log += [Text(_printable(line), style) for line in lines_of(self.state, event)]
         return log
+
+    def _die(self, *error: Any) -> None:
+        """An exception that nobody catches is printed below the live lines and not into them."""
+        self.close()
+        self._excepthook(*error)
 
     def _suspend(self, number: int, _: FrameType | None) -> None:
         """Ctrl-Z: leave the shell a clean terminal with a cursor; goes on after `fg`."""
@@ -146,17 +155,17 @@ class _Terminal:
         parts = [_HIDE_CURSOR] if lines else []
         if self._lines and (log or len(lines) < len(self._lines) or size != self._size):
             parts.append(f"\r{_ERASE_BELOW}")
-        parts += [f"{self._styled(text)}\r\n" for text in log]
+        parts += [f"{self._styled(text)}\n" for text in log]
         if lines:
             parts.append(f"\r{_NO_WRAP}")
-            parts.append("\r\n".join(f"{self._styled(line)}{_ERASE_LINE_END}" for line in lines))
+            parts.append("\n".join(f"{self._styled(line)}{_ERASE_LINE_END}" for line in lines))
             parts.append(f"\r{_WRAP}" + (f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else ""))
         self._lines, self._size = lines, size
         self._write("".join(parts))
 
     def release(self) -> None:
         """Leave the lines as they are, and the cursor below them."""
-        self._write("\r\n" * len(self._lines) + _SHOW_CURSOR)
+        self._write("\n" * len(self._lines) + _SHOW_CURSOR)
         self._is_gone = True
 
     def pause(self) -> None:
@@ -286,9 +295,10 @@ def _ruled(line: Text, columns: int) -> Text:
 def _steps(state: AttemptState, columns: int) -> Text:
     share = min(1.0, state.step / state.total_steps)
     before = step_of(state).removeprefix("step ")
-    after = [f"{int(100 * share):3}%", format_duration(state.elapsed_s)]
+    # Padded, so that the bar keeps its length while the times change theirs.
+    after = [f"{int(100 * share):3}%", format_duration(state.elapsed_s).rjust(7)]
     if state.ended_s is None:
-        after.append(time_left(state))
+        after.append(time_left(state).ljust(len("ETA 59m 59s")))
     line = _label("step").append(before, "bold")
     while len(after) > 1 and columns - line.cell_len - len("  ".join(after)) - 4 < 8:
         after.pop()
