@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,14 +12,22 @@ from distlm.errors import DistlmError, ExitCode
 
 
 def say(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print, at once. A reader that has gone (`| head`) loses the rest, which changes neither what the command does nor
-    its exit code."""
+    """Print, at once. A reader that has gone (`| head`, a terminal that hung up) loses the rest, which changes neither
+    what the command does nor its exit code."""
     stream = file or sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
-    except BrokenPipeError:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Let go what `stream` still holds and what is written to it from now on: at exit Python would try to write it
+    again, fail, and end with code 120."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def exit_code_of(command: Callable[[], int]) -> int:

@@ -232,7 +232,7 @@ class AttemptController:
         self._phases = self._phases or [phase_ended("begin", number)]
         recorder.record(self._phases)
         self.progress.phase("workers", f"starting {self.config.resources.num_workers} workers on {cluster.device}")
-        self.progress.training(step, prepared.total_steps)
+        self.progress.training(step, prepared.total_steps, cluster.device)
         mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
         arguments = WorkerArguments(
             run_path=str(self.run.path),

@@ -34,10 +34,10 @@ class Progress:
         """How far the data is."""
         self._view.show(make_event("preparation", **progress.to_json()))
 
-    def training(self, step: int, total_steps: int) -> None:
-        """An incarnation begins after `step`, to train up to `total_steps`."""
+    def training(self, step: int, total_steps: int, device: str) -> None:
+        """An incarnation begins after `step`, to train up to `total_steps` on devices of this kind."""
         self._total_steps = total_steps
-        self._view.show(make_event("training", step=step, total_steps=total_steps))
+        self._view.show(make_event("training", step=step, total_steps=total_steps, device=device))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._view.show(make_event("metrics", step=step, total_steps=self._total_steps, values=values))

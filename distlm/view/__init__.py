@@ -3,11 +3,13 @@
 An event is a dictionary that JSON can hold, with `event`, its kind, and `time`, UTC in ISO 8601:
 
     begin        run_id, run_name, attempt, folder, log, task, num_workers, zero_stage, mixed_precision, tracking
+                 (where the curves are: a server's address, or the command that shows them; empty: nowhere)
     phase        phase: ray, prepare, workers, train, export or upload; message       what is being done now
     note         message
     warning      message
     preparation  stage, bytes_done, bytes_total (0: not known), num_documents, num_tokens   how far the data is
-    training     step, total_steps             the workers train from here: `step` is the last one done before
+    training     step, total_steps, device     the workers train from here: `step` is the last one done before;
+                 device: cpu or cuda, and may be left out
     metrics      step, total_steps, values     train/..., throughput/..., memory/...; eval/...; time/checkpoint_s
     stopping     message                       asked to stop: what happens now, and what asking again would do
     result       what result.json holds        always the last

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
+from distlm.console import discard
 from distlm.view import Event
-from distlm.view.state import AttemptState, evaluation_line, stop_message, training_line
+from distlm.view.state import AttemptState, lines_of, stop_message, training_line
 
 _QUIET_S = 5.0
 """Preparation that takes less shows no line."""
@@ -26,7 +28,7 @@ class PlainView:
     def show(self, event: Event) -> None:
         self.state.update(event)
         for line in self._lines(event):
-            self._write(line)
+            _write_line(self._stream, line)
 
     def stop_requested(self, count: int) -> None:
         with suppress(OSError, ValueError):
@@ -37,21 +39,11 @@ class PlainView:
 
     def _lines(self, event: Event) -> list[str]:
         match event["event"]:
-            case "begin":
-                place = os.path.relpath(event["folder"])
-                attempt = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
-                return [f"run {event['run_id']} in {place}{attempt}"]
-            case "phase" | "note" | "stopping":
-                return [event["message"]]
-            case "warning":
-                return [f"warning: {event['message']}"]
-            case "preparation":
-                return [self.state.preparation] if self._is_time_for_preparation() else []
+            case "preparation" if self.state.preparation and self._is_time_for_preparation():
+                return [self.state.preparation.line()]
             case "metrics" if "train/loss" in event["values"]:
-                return [training_line(self.state, event["values"])]
-            case "metrics" if "eval/loss" in event["values"]:
-                return [evaluation_line(self.state, event["values"])]
-        return []
+                return [training_line(self.state, event["values"]), *lines_of(self.state, event)]
+        return lines_of(self.state, event)
 
     def _is_time_for_preparation(self) -> bool:
         now = self.state.clock()
@@ -60,25 +52,35 @@ class PlainView:
         self._next_preparation_s = now + _PREPARATION_INTERVAL_S
         return True
 
-    def _write(self, line: str) -> None:
-        with suppress(OSError, ValueError):  # the reader has gone
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
-
 
 class JsonView:
-    """Prints each event as a line of JSON: for programs."""
+    """Prints each event as a line of JSON: for programs. NaN and infinity, which JSON has not, become null."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def show(self, event: Event) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(json.dumps(event, ensure_ascii=False) + "\n")
-            self._stream.flush()
+        _write_line(self._stream, json.dumps(_finite(event), ensure_ascii=False, allow_nan=False))
 
     def stop_requested(self, count: int) -> None:
         return
 
     def close(self) -> None:
         return
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _write_line(stream: TextIO, line: str) -> None:
+    try:
+        stream.write(f"{line}\n")
+        stream.flush()
+    except (OSError, ValueError):  # the reader has gone
+        with suppress(OSError, ValueError):
+            discard(stream)
