@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distlm.causes import exit_code_of_cause, is_consequence
@@ -20,19 +21,31 @@ _RAY_KILLED_IT = "running low on memory"
 """What Ray says of workers that it has killed itself. It names the kernel's OOM killer for every death."""
 
 
-def first_failure(failures: Sequence[Failure], error: BaseException, kernel_killed: bool = False) -> Outcome:
+def first_failure(
+    failures: Sequence[Failure], error: BaseException, world_size: int, kernel_killed: bool = False
+) -> Outcome:
     """The cause of a failed incarnation: the earliest failure that is not the consequence of another one.
 
     `error` is Ray Train's, which knows the exception of each rank, or what broke Ray Train itself. `kernel_killed`: the
     kernel has killed a process of this host for want of memory in the meantime.
     """
+    outcome = _first_failure(failures, error, kernel_killed)
+    if outcome.rank is None:
+        return outcome
+    others = sorted((f for f in failures if f["rank"] != outcome.rank), key=lambda failure: failure["rank"])
+    told = [Follower(f["rank"], _text(f).partition("\n")[0], f["host"], _text(f) == outcome.message) for f in others]
+    silent = set(range(world_size)) - {outcome.rank, *(follower.rank for follower in told)}
+    return replace(outcome, followers=[*told, *(Follower(rank, "ended with it") for rank in sorted(silent))])
+
+
+def _first_failure(failures: Sequence[Failure], error: BaseException, kernel_killed: bool) -> Outcome:
     failures = sorted(failures, key=lambda failure: (failure.get("follows", False), failure["timestamp_ms"]))
     of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
     if first := next((f for f in failures if f["expected"] or not is_consequence(f["message"])), None):
-        return _told(first, failures)
+        return _told(first)
     told = {failure["rank"] for failure in failures}
     if silent := sorted(rank for rank in of_ranks if rank not in told):
-        return _silent(silent[0], of_ranks, failures, kernel_killed)
+        return _silent(silent[0], str(of_ranks[silent[0]]), kernel_killed)
     if failures:
         return _unexplained(failures)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -40,7 +53,7 @@ def first_failure(failures: Sequence[Failure], error: BaseException, kernel_kill
     return Outcome(ExitCode.INFRASTRUCTURE, message, details=str(error), cause=Cause.INFRASTRUCTURE)
 
 
-def _told(first: Failure, failures: Sequence[Failure]) -> Outcome:
+def _told(first: Failure) -> Outcome:
     """A worker has raised it and has said so."""
     cause = Cause(first["cause"])
     return Outcome(
@@ -51,23 +64,18 @@ def _told(first: Failure, failures: Sequence[Failure]) -> Outcome:
         first["details"],
         cause,
         place="" if first["expected"] else first["place"],
-        followers=_followers(failures, first["rank"], _text(first)),
     )
 
 
-def _silent(rank: int, of_ranks: Mapping[int, Exception], failures: Sequence[Failure], kernel_killed: bool) -> Outcome:
+def _silent(rank: int, details: str, kernel_killed: bool) -> Outcome:
     """A worker is gone without a word."""
-    details = str(of_ranks[rank])
     if kernel_killed or _RAY_KILLED_IT in details:
         killer = "the kernel" if kernel_killed else "Ray"
         cause, text = Cause.OUT_OF_MEMORY, f"the worker process was killed by {killer} because memory ran out"
     else:
         cause, text = Cause.NODE_LOST, "the worker process died without an error of its own (killed or crashed)"
     host = re.search(r"hostname='([^']*)'", details)
-    return Outcome(
-        exit_code_of_cause(cause), text, rank, host[1] if host else "", details, cause,
-        followers=_followers(failures, rank, text),
-    )  # fmt: skip
+    return Outcome(exit_code_of_cause(cause), text, rank, host[1] if host else "", details, cause)
 
 
 def _unexplained(failures: Sequence[Failure]) -> Outcome:
@@ -82,13 +90,7 @@ def _unexplained(failures: Sequence[Failure]) -> Outcome:
         first["host"],
         first["details"],
         cause,
-        followers=_followers(failures, first["rank"], _text(first)),
     )
-
-
-def _followers(failures: Sequence[Failure], first_rank: int, text: str) -> list[Follower]:
-    others = sorted((f for f in failures if f["rank"] != first_rank), key=lambda failure: failure["rank"])
-    return [Follower(f["rank"], _text(f).partition("\n")[0], f["host"], is_same=_text(f) == text) for f in others]
 
 
 def _text(failure: Failure) -> str:

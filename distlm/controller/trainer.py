@@ -21,7 +21,7 @@ class Incarnation:
     runs in a thread of its own; `is_alive` and `outcome` tell how it goes."""
 
     def __init__(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
-        self._number = arguments.incarnation
+        self._number, self._num_workers = arguments.incarnation, config.resources.num_workers
         self._error: BaseException | None = None
         self._oom_kills = count_oom_kills()
         self._thread = threading.Thread(
@@ -64,7 +64,9 @@ class Incarnation:
         if self._error is None:
             return Outcome(ExitCode.SUCCEEDED)
         kernel_killed = self._oom_kills is not None and (count_oom_kills() or 0) > self._oom_kills
-        return first_failure([f for f in failures if f["incarnation"] == self._number], self._error, kernel_killed)
+        return first_failure(
+            [f for f in failures if f["incarnation"] == self._number], self._error, self._num_workers, kernel_killed
+        )
 
 
 def _backend_config(device: str) -> Any:

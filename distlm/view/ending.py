@@ -61,8 +61,7 @@ def _followers(result: Mapping[str, Any]) -> Iterator[str]:
     followers.sort(key=lambda follower: follower["message"])
     for message, alike in groupby(followers, key=lambda follower: follower["message"]):
         ranks = sorted(follower["rank"] for follower in alike)
-        only = "only followed" if len(followers) < 2 or len(ranks) == len(followers) else "followed"
-        yield f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} {only}: {_cut(message, _MAX_FOLLOWER_CHARACTERS)}"
+        yield f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} only followed: {_cut(message, _MAX_FOLLOWER_CHARACTERS)}"
 
 
 def _cut(text: str, length: int) -> str:
@@ -84,4 +83,7 @@ def _next(run: RunFolder, result: Mapping[str, Any]) -> str:
         return f"resume with: {command(run, 'resume')}"
     if result.get("cause") == Cause.DIVERGENCE:
         return f"start anew with other values: {command(run, 'submit')}"
+    if result.get("cause") == Cause.OUT_OF_MEMORY:
+        anew, resumed = command(run, "submit", "KEY=VALUE"), command(run, "resume", "deepspeed.zero_stage=3")
+        return f"start anew: {anew}; or resume with more sharding or workers: {resumed}"
     return f"when that is mended, resume with: {command(run, 'resume')}"

@@ -43,6 +43,7 @@ def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
             failure(2, "something later", 300),
         ],
         WorkerGroupError({}),
+        3,
     )
     assert (outcome.rank, outcome.host, outcome.exit_code, outcome.cause) == (1, "node1", ExitCode.FAILED, Cause.CODE)
     assert (outcome.message, outcome.place) == ("RuntimeError: index 7 is out of range", "a.py:3 in f")
@@ -53,15 +54,16 @@ def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
 def test_an_error_made_on_purpose_keeps_its_text_and_exit_code() -> None:
     message = "step-00000001: rank 1: no space; Connection reset by peer"
     told = failure(1, message, 5, exit_code=3, expected=True, cause="storage")
-    outcome = first_failure([told], WorkerGroupError({}))
+    outcome = first_failure([told], WorkerGroupError({}), 2)
     assert (outcome.exit_code, outcome.message, outcome.place) == (ExitCode.INFRASTRUCTURE, message, "")
+    assert outcome.followers == [Follower(0, "ended with it")], "it had no time to say anything"
 
 
 def test_of_an_error_that_all_ranks_raise_the_rank_where_it_happened_is_named() -> None:
     message = "rank 1: cannot write shard-00001: No space left on device"
     together = {"exit_code": 3, "expected": True, "cause": "storage"}
     failures = [failure(0, message, 5, follows=True, **together), failure(1, message, 9, follows=False, **together)]
-    outcome = first_failure(failures, WorkerGroupError({}))
+    outcome = first_failure(failures, WorkerGroupError({}), 2)
     assert (outcome.rank, outcome.host, outcome.message) == (1, "node1", message)
     assert outcome.followers == [Follower(0, message, "node0", is_same=True)]
 
@@ -73,7 +75,7 @@ def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
         "A worker health check failed. hostname='node1', The actor died (1) killed by the OOM killer due to high memory"
     )
     died = WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError(ray_says)})
-    outcome = first_failure(followers, died)
+    outcome = first_failure(followers, died, 2)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (1, ExitCode.INFRASTRUCTURE, Cause.NODE_LOST)
     assert outcome.message.startswith("the worker process died") and outcome.host == "node1"
     assert [follower.rank for follower in outcome.followers] == [0]
@@ -84,19 +86,19 @@ def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
     [("The actor died", True, "the kernel"), ("killed due to the node running low on memory.", False, "Ray")],
 )
 def test_a_worker_that_is_killed_for_want_of_memory(reason: str, kernel_killed: bool, killer: str) -> None:
-    outcome = first_failure([], WorkerGroupError({1: RuntimeError(reason)}), kernel_killed)
+    outcome = first_failure([], WorkerGroupError({1: RuntimeError(reason)}), 2, kernel_killed)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (1, ExitCode.FAILED, Cause.OUT_OF_MEMORY)
     assert outcome.message == f"the worker process was killed by {killer} because memory ran out"
 
 
 def test_workers_that_only_waited_for_another_one() -> None:
     waiting = failure(0, "[gloo] Timed out waiting 1800000ms for recv", 100, cause="hang")
-    outcome = first_failure([waiting], WorkerGroupError({0: RuntimeError("gloo")}))
+    outcome = first_failure([waiting], WorkerGroupError({0: RuntimeError("gloo")}), 2)
     assert (outcome.cause, outcome.exit_code) == (Cause.HANG, ExitCode.INFRASTRUCTURE)
 
 
 def test_a_failure_without_any_worker_is_infrastructure() -> None:
-    outcome = first_failure([], ConnectionError("\n\nthe head node has gone\ntrace"))
+    outcome = first_failure([], ConnectionError("\n\nthe head node has gone\ntrace"), 2)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (None, ExitCode.INFRASTRUCTURE, Cause.INFRASTRUCTURE)
     assert outcome.message == "ConnectionError: the head node has gone"
 
@@ -179,7 +181,8 @@ def test_one_line_has_rank_host_cause_key_and_log_and_the_noise_is_folded_under_
         "training.per_device_train_batch_size (now 8); log: "
         "runs/20260131-235959-3fa9c1/attempts/001/logs/rank-00001.log",
         "  ranks 0, 2-4, 7 only followed: RuntimeError: Connection closed by peer",
-        "  when that is mended, resume with: distlm resume 20260131-235959-3fa9c1",
+        "  start anew: distlm submit run:20260131-235959-3fa9c1 KEY=VALUE; or resume with more sharding or workers: "
+        "distlm resume 20260131-235959-3fa9c1 deepspeed.zero_stage=3",
     ]
 
 
