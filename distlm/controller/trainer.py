@@ -64,9 +64,8 @@ class Incarnation:
         if self._error is None:
             return Outcome(ExitCode.SUCCEEDED)
         kernel_killed = self._oom_kills is not None and (count_oom_kills() or 0) > self._oom_kills
-        return first_failure(
-            [f for f in failures if f["incarnation"] == self._number], self._error, self._num_workers, kernel_killed
-        )
+        failures = [failure for failure in failures if failure["incarnation"] == self._number]
+        return first_failure(failures, self._error, self._num_workers, kernel_killed)
 
 
 def _backend_config(device: str) -> Any:

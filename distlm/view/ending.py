@@ -84,6 +84,6 @@ def _next(run: RunFolder, result: Mapping[str, Any]) -> str:
     if result.get("cause") == Cause.DIVERGENCE:
         return f"start anew with other values: {command(run, 'submit')}"
     if result.get("cause") == Cause.OUT_OF_MEMORY:
-        anew, resumed = command(run, "submit", "KEY=VALUE"), command(run, "resume", "deepspeed.zero_stage=3")
+        anew, resumed = command(run, "submit", "KEY=VALUE"), command(run, "resume", "KEY=VALUE")
         return f"start anew: {anew}; or resume with more sharding or workers: {resumed}"
     return f"when that is mended, resume with: {command(run, 'resume')}"

@@ -182,7 +182,7 @@ def test_one_line_has_rank_host_cause_key_and_log_and_the_noise_is_folded_under_
         "runs/20260131-235959-3fa9c1/attempts/001/logs/rank-00001.log",
         "  ranks 0, 2-4, 7 only followed: RuntimeError: Connection closed by peer",
         "  start anew: distlm submit run:20260131-235959-3fa9c1 KEY=VALUE; or resume with more sharding or workers: "
-        "distlm resume 20260131-235959-3fa9c1 deepspeed.zero_stage=3",
+        "distlm resume 20260131-235959-3fa9c1 KEY=VALUE",
     ]
 
 
