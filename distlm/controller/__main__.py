@@ -27,6 +27,7 @@ from distlm.controller.policy import Outcome
 from distlm.controller.progress import Progress
 from distlm.errors import DistlmError, ExitCode, InputError, Problem
 from distlm.run_folder import LIVENESS_FD, AttemptFolder, RunFolder, lease, read_json, write_json
+from distlm.temporary import make_temporary_root
 from distlm.worker.entry import redirect_output
 
 _RESULT_BYTES = 64 * 1024
@@ -101,7 +102,6 @@ _CACHES = {
 
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: threading.Event) -> Outcome:
     from distlm.controller.attempt import AttemptController
-    from distlm.controller.cluster import make_temporary_root
 
     for variable, name in _CACHES.items():
         os.environ.setdefault(variable, str(run.cache / "libraries" / name))

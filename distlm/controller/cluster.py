@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,12 +62,6 @@ def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]
     else:
         assert temporary_root is not None
         yield from _start(config, temporary_root)
-
-
-def make_temporary_root() -> Path:
-    """A new folder for Ray's sockets and logs. Their paths end at 107 bytes, so it has to be short."""
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="distlm-", dir=base if len(base) <= 24 else "/tmp"))
 
 
 def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
