@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import http.client
 import json
 import os
 import shlex
@@ -116,6 +117,8 @@ def _require_store(uri: str, runs_dir: Path) -> None:
 
 def _require_free_port(host: str, port: int) -> None:
     """Raises InputError, before seconds are spent on starting."""
+    if not 0 < port < 65536:
+        raise InputError(Problem("must be from 1 to 65535", "--port", str(port)))
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -125,8 +128,6 @@ def _require_free_port(host: str, port: int) -> None:
         advice = f"use another one, such as --port {port + 1}" if port + 1 < 65536 else "use another --port"
         message = f"cannot listen on port {port} of {host}: {error.strerror or error}; {advice}"
         raise InputError(message) from None
-    except OverflowError:
-        raise InputError(Problem("must be a port: 1 to 65535", "--port", str(port))) from None
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], output: IO[bytes], b
                 return
         except urllib.error.HTTPError:  # an answer, though another one than expected
             return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             time.sleep(0.1)
     raise _failure(server, output)
 
