@@ -59,8 +59,8 @@ def main() -> None:
 
 def submit(config: Path, overrides: list[str], runs_dir: Path) -> dict[str, float]:
     """Seconds of each phase of a run under `distlm submit`."""
+    from distlm.metrics_file import read_lines
     from distlm.run_folder import RunFolder
-    from distlm.tracking.records import read_lines
     from distlm.tracking.startup import startup_seconds
 
     before, started_s = set(runs_dir.glob("*/run.yaml")), time.time()

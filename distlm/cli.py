@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `distlm` command: thin verbs over the config, the run folder and the launchers.
 
 Nothing heavy is imported before a verb is known: `distlm --help` answers at once.
@@ -6,6 +7,7 @@ Nothing heavy is imported before a verb is known: `distlm --help` answers at onc
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -46,9 +48,20 @@ one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
     "schema": """
   distlm schema > config.schema.json
   distlm schema --markdown | less""",
+    "list": """
+  distlm list
+  distlm list -n 0 --json""",
+    "status": """
+  distlm status last
+  distlm status 20260131-23 --json""",
     "ui": """
   distlm ui
+  distlm ui last --open
   distlm ui --runs-dir elsewhere/runs --port 5001""",
+    "doctor": """
+  distlm doctor""",
+    "completion": """
+  distlm completion bash""",
     "sync": """
   distlm sync last""",
     "checkpoints": """
@@ -73,6 +86,11 @@ _CHECKPOINTS_EPILOG = """states:
 exit codes: 0 none is damaged or unknown (or there are none); 2 bad input;
 3 some are"""
 
+_COMPLETION_EPILOG = """to have it in every new shell:
+  bash   echo 'eval "$(distlm completion bash)"' >> ~/.bashrc
+  zsh    echo 'eval "$(distlm completion zsh)"' >> ~/.zshrc      (after compinit)
+  fish   distlm completion fish > ~/.config/fish/completions/distlm.fish"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; errors made on purpose end as text on stderr, without a traceback."""
@@ -83,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; overrides may stand anywhere, of which argparse alone takes those before the first option only."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from distlm.completion import complete
+
+        complete(parser)
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
         parser.exit(ExitCode.BAD_INPUT)
@@ -169,15 +191,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     schema.set_defaults(verb=_later("config", "schema"))
 
+    listing = verbs.add_parser("list", help="list the runs, newest first, with state, step and loss")
+    listing.add_argument("-n", "--limit", type=_count, default=20, metavar="N", help="how many; 0: all (default: 20)")
+    listing.set_defaults(verb=_later("runs", "list_runs"))
+
+    status = verbs.add_parser("status", help="show one run: state, metrics, attempts, checkpoints, where things are")
+    status.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    status.set_defaults(verb=_later("runs", "status"))
+
     ui = verbs.add_parser(
         "ui",
-        help="show the curves of all runs in MLflow's UI",
-        description="Serve MLflow's UI on the embedded store, runs/mlflow.db, until Ctrl-C.",
+        help="open the MLflow UI, at a run if one is named",
+        description="Without RUN: start the MLflow UI on the embedded store of the runs folder. With RUN: print the "
+        "address of the run's page on its tracking server, or start the UI on the store that it is recorded in.",
     )
-    ui.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
-    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
-    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    ui.set_defaults(verb=_later("tracking", "ui"))
+    ui.add_argument("run", nargs="?", help="id (or its beginning), folder, or 'last'")
+    ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: 5000)")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    ui.add_argument("--open", action="store_true", help="open the page in the default browser")
+    ui.set_defaults(verb=_later("ui", "ui"))
+
+    doctor = verbs.add_parser("doctor", help="check what this machine has and lacks for training")
+    doctor.set_defaults(verb=_later("doctor", "doctor"))
+    for verb, what in (
+        (listing, "print an array"), (status, "print an object"), (ui, "print the address in a line of JSON"),
+        (doctor, "print an array"),
+    ):  # fmt: skip
+        verb.add_argument("--json", action="store_true", help=f"{what}, for programs")
+        verb.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
 
     sync = verbs.add_parser(
         "sync",
@@ -218,6 +259,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     export.set_defaults(verb=_later("checkpoints", "export"))
 
+    completion = verbs.add_parser(
+        "completion",
+        help="print what makes a shell complete verbs, runs and config keys",
+        description="Print the completion script of a shell.",
+        epilog=_COMPLETION_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(verb=_later("completion", "completion"))
     for name, examples in _EXAMPLES.items():
         verb = verbs.choices[name]
         verb.formatter_class = _HelpFormatter
@@ -244,6 +294,13 @@ def _later(module: str, name: str) -> Callable[[argparse.Namespace], int]:
         return function(options)
 
     return verb
+
+
+def _count(text: str) -> int:
+    """A number of things. Raises ArgumentTypeError."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number that is 0 or more")
+    return int(text)
 
 
 def _sizes(text: str) -> list[int]:

@@ -30,6 +30,11 @@ def discard(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def printable(value: object) -> str:
+    """Text in one line without control characters: names of files and runs may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
+
+
 def exit_code_of(command: Callable[[], int]) -> int:
     """Run a command and return its exit code; an error ends as text on stderr, without a traceback.
 

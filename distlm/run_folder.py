@@ -22,12 +22,13 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -127,6 +128,10 @@ class AttemptFolder:
     @property
     def metrics_jsonl(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def metrics_sent_json(self) -> Path:
+        return self.path / "metrics.sent.json"
 
     @property
     def logs(self) -> Path:
@@ -229,18 +234,57 @@ class RunFolder:
         return attempt
 
 
+def process_name(pid: int, host: str) -> str:
+    """How the holder of a lease is named."""
+    return f"process {pid} on {host}"
+
+
 @contextmanager
 def lease(run: RunFolder) -> Iterator[None]:
     """The right to write into the run's folder: one controller at a time. Released by the kernel if we are killed."""
     with open(run.lease, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             raise InputError(
                 f"run {run.run_id} is being trained by {file.read().strip() or 'another process'}"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{process_name(os.getpid(), socket.gethostname())}\n")
         file.flush()
         yield
+
+
+_LEASE_PATIENCE_S = 0.5
+
+
+def _lock(file: TextIO) -> None:
+    """Take the exclusive lock. Raises BlockingIOError if another process keeps one: `lease_holder` has one for an
+    instant only, which is waited for."""
+    deadline = time.monotonic() + _LEASE_PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def lease_holder(run: RunFolder) -> str | None:
+    """Who holds the lease, such as "process 17 on node3"; None: nobody. Changes nothing and keeps nobody out.
+
+    A shared lock is tried, and given back at once, because only the file system knows of a holder on another host or in
+    another container; /proc/locks does not. Raises OSError if the file cannot be read.
+    """
+    try:
+        with open(run.lease, encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+            fcntl.flock(file, fcntl.LOCK_UN)
+    except FileNotFoundError:
+        pass
+    return None

@@ -17,6 +17,8 @@ from distlm.config.load import with_overrides
 from distlm.config.schema import TrainingConfig
 from distlm.errors import CheckpointError, InputError, UnknownFormatError
 from distlm.run_folder import RunFolder, read_yaml
+from distlm.view.table import Column
+from distlm.view.table import table as text_table
 
 State = Literal["committed", "verified", "damaged", "unknown", "unfinished"]
 """committed: the manifest is good and the files have its sizes; verified: and every byte has its hash; unknown: of a
@@ -155,32 +157,20 @@ def table(listed: Sequence[Listed], best: BestBy | None) -> list[str]:
     """Lines for a terminal: a header and one line for each."""
     metrics = list(dict.fromkeys(["eval/loss", *([best.metric] if best else [])]))
     header = ("step", "epoch", "size", "written (UTC)", "workers", "ZeRO", "precision", *metrics, "used for", "state")
-    rows = [header, *(tuple(_cells(one, metrics)) for one in listed)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    to_the_right = {name: name in ("step", "epoch", "size", "workers", "ZeRO", *metrics) for name in header}
-    return [
-        "  ".join(
-            cell.rjust(width) if to_the_right[name] else cell.ljust(width)
-            for name, cell, width in zip(header, row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    to_the_right = ("step", "epoch", "size", "workers", "ZeRO", *metrics)
+    columns = [Column(name, "right" if name in to_the_right else "left") for name in header]
+    return text_table(columns, [tuple(_cells(one, metrics)) for one in listed])
 
 
-def _cells(one: Listed, metrics: Sequence[str]) -> Iterator[str]:
-    yield _shown(one.step)
-    yield _shown(one.epoch)
+def _cells(one: Listed, metrics: Sequence[str]) -> Iterator[object]:
+    yield one.step
+    yield one.epoch
     yield human_size(one.size_bytes)
-    yield one.written_at[:19].replace("T", " ") if one.written_at else "-"
-    yield _shown(one.world_size)
-    yield _shown(one.zero_stage)
-    yield "fp32" if one.mixed_precision == "no" else _shown(one.mixed_precision)
+    yield one.written_at[:19].replace("T", " ") if one.written_at else None
+    yield one.world_size
+    yield one.zero_stage
+    yield "fp32" if one.mixed_precision == "no" else one.mixed_precision
     for metric in metrics:
-        yield f"{one.metrics[metric]:.5g}" if metric in one.metrics else "-"
-    yield ", ".join(word for word, is_so in (("best", one.is_best), ("resume", one.is_resumed)) if is_so) or "-"
-    yield _shown(f"{one.state}: {one.reason}" if one.reason else one.state)
-
-
-def _shown(value: object) -> str:
-    """Text for one cell: what files and folders are called may hold anything."""
-    return "-" if value is None else "".join(letter if letter.isprintable() else "?" for letter in str(value))
+        yield f"{one.metrics[metric]:.5g}" if metric in one.metrics else None
+    yield ", ".join(word for word, is_so in (("best", one.is_best), ("resume", one.is_resumed)) if is_so) or None
+    yield f"{one.state}: {one.reason}" if one.reason else one.state

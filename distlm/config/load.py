@@ -230,6 +230,15 @@ def _expand(value: Any, key: Key, environ: Mapping[str, str], problems: list[tup
     return _FromEnvironment(_VARIABLE.sub(lambda match: environ[match[1]], value))
 
 
+def expanded(value: Any, key: str, environ: Mapping[str, str] = os.environ) -> Any:
+    """A part of a tree, which stands at `key`, with its `${VAR}` expanded. Raises InputError for those not set."""
+    problems: list[tuple[Key, str]] = []
+    result = _expand(value, tuple(key.split(".")), environ, problems)
+    if problems:
+        raise InputError(*(Problem(message, _dotted(place), _shown(value)) for place, message in problems))
+    return result
+
+
 def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
     """Re-read as YAML those environment values that the schema refused as text. True if any was changed."""
     changed = False
@@ -412,10 +421,11 @@ _MESSAGES = {
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a value of this annotation may be, or hold in a list."""
     if get_origin(annotation) in (Annotated, Union, types.UnionType, list):
         for argument in get_args(annotation):
-            yield from _models_in(argument)
+            yield from models_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
 
@@ -427,18 +437,23 @@ def _fields_at(key: Key, loc: Key) -> dict[str, Any]:
     for part in key:
         if isinstance(part, str):
             found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-            models = [model for annotation in found for model in _models_in(annotation)]
+            models = [model for annotation in found for model in models_in(annotation)]
     if len(models) > 1:
         models = [model for model in models if get_args(model.model_fields["source"].annotation)[0] in loc]
     return {name: info.annotation for model in models for name, info in model.model_fields.items()}
 
 
-def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema."""
+def all_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of the schema with its annotation, sections before what they hold; list items have no index."""
     for name, info in model.model_fields.items():
-        yield prefix + name
-        for inner in _models_in(info.annotation):
-            yield from all_keys(inner, f"{prefix}{name}.")
+        yield prefix + name, info.annotation
+        for inner in models_in(info.annotation):
+            yield from all_fields(inner, f"{prefix}{name}.")
+
+
+def all_keys() -> Iterator[str]:
+    """Every dotted key of the schema."""
+    return (key for key, _ in all_fields())
 
 
 def _nearest(key: Key, loc: Key) -> str:

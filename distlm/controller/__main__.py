@@ -24,6 +24,7 @@ from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_comma
 from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
 from distlm.outcome import Outcome, write_result
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, lease, read_json, write_json
+from distlm.temporary import temporary_root
 from distlm.view import View
 from distlm.view.background import InBackground
 from distlm.view.plain import JsonView, PlainView
@@ -102,7 +103,6 @@ _CACHES = {
 
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> Outcome:
     from distlm.controller.attempt import AttemptController
-    from distlm.controller.cluster import temporary_root
 
     for variable, name in _CACHES.items():
         os.environ.setdefault(variable, str(run.cache / "libraries" / name))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
-import shutil
 import signal
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +19,6 @@ from distlm.errors import InfrastructureError
 from distlm.processes import descendants, end_processes
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
-_ROOT_PREFIX = "distlm-"
-_ROOT_MIN_AGE_S = 10.0
 _HELPER_CPUS = 1  # for the tasks that prepare and export
 
 # Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
@@ -69,42 +63,6 @@ def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]
     else:
         assert temporary_root is not None
         yield from _start(config, temporary_root)
-
-
-@contextmanager
-def temporary_root() -> Iterator[Path]:
-    """A new folder for Ray's sockets and logs, which are short enough for them: their paths end at 107 bytes.
-
-    Also removes those that killed controllers have left: a lock on the folder says that its owner is alive.
-    """
-    base = tempfile.gettempdir()
-    path = Path(tempfile.mkdtemp(prefix=_ROOT_PREFIX, dir=base if len(base) <= 24 else "/tmp"))
-    try:
-        with _lock_folder(path):
-            _remove_stale_roots(path.parent)
-            yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_stale_roots(base: Path) -> None:
-    for path in base.glob(f"{_ROOT_PREFIX}*"):
-        # A young one may not be locked yet; one of another user can be neither locked nor removed.
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ROOT_MIN_AGE_S:
-                with _lock_folder(path):
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _lock_folder(path: Path) -> Iterator[None]:
-    """Raises BlockingIOError where another process has the lock."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _join(config: RunConfig, address: str) -> Iterator[Cluster]:

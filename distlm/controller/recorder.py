@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from distlm.errors import InfrastructureError
+from distlm.metrics_file import POINT_KINDS, cut_torn_line, encode_line
 from distlm.run_folder import AttemptFolder, RunFolder
 from distlm.tracking import Tracker
 from distlm.tracking.delivery import DeliveryThread
-from distlm.tracking.records import POINT_KINDS, cut_torn_line, encode_line, now_ms
+from distlm.tracking.records import now_ms
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _RESERVE_BYTES = 256 * 2**10
 class RecorderMailbox:
     """Holds messages from workers until the controller fetches them. Becomes a single-threaded Ray actor.
 
-    A message is a dictionary with a `kind` (see distlm/tracking/records.py). When `max_messages` are waiting, the
+    A message is a dictionary with a `kind` (see distlm/metrics_file.py). When `max_messages` are waiting, the
     oldest metrics make room, so that failures and events stay; how many were dropped is reported by the next `drain`.
     """
 

@@ -6,13 +6,13 @@ a socket it sends its events to the command, and learns when the command has die
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from distlm.launchers.base import Request
 from distlm.outcome import Outcome, write_result
 from distlm.processes import STOP_SIGNALS, count_oom_kills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
-from distlm.view import View, make_event
+from distlm.view import View, decode_event, make_event
 
 _WORKER_GIB = 0.5
 _SYNC_TIMEOUT_S = 20.0
@@ -95,7 +95,10 @@ def _show_events(connection: socket.socket, view: View) -> None:
     with connection.makefile("r", encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):  # else it died while it wrote
-                view.show(json.loads(line))
+                try:
+                    view.show(decode_event(line))
+                except Exception:  # noqa: BLE001 - a mistake in showing a run must not end it
+                    traceback.print_exc()
 
 
 def _with_place(problem: Problem) -> str:

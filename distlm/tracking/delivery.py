@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from distlm.errors import AttestationError, DistlmError, InputError
+from distlm.metrics_file import POINT_KINDS, read_lines
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 from distlm.tracking import Point, RefusedError, Tracker
-from distlm.tracking.records import POINT_KINDS, read_lines
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Delivery:
             self._send_points(chunk.points)
             if chunk.message:
                 self._send_message(chunk.message)
-            write_json(_sent_json(chunk.attempt), {"destination": self._tracker.destination, "offset": chunk.end})
+            write_json(chunk.attempt.metrics_sent_json, {"destination": self._tracker.destination, "offset": chunk.end})
             self._pending = None
 
     def _next_chunk(self) -> _Chunk | None:
@@ -105,7 +105,7 @@ class Delivery:
         return [Point(key, message["values"][key], timestamp_ms, step) for key in keys]
 
     def _sent_offset(self, attempt: AttemptFolder) -> int:
-        sent = read_json(_sent_json(attempt))
+        sent = read_json(attempt.metrics_sent_json)
         return sent["offset"] if sent and sent["destination"] == self._tracker.destination else 0
 
     def _send_points(self, points: list[Point]) -> None:
@@ -138,10 +138,6 @@ class Delivery:
                     self._tracker.set_status(message["status"], message["timestamp_ms"])
         except RefusedError as error:
             _log.warning("the tracker refuses %s: %s", message["kind"], error)
-
-
-def _sent_json(attempt: AttemptFolder) -> Path:
-    return attempt.path / "metrics.sent.json"
 
 
 def _make_durable(path: Path) -> None:

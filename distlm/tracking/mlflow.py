@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from distlm.errors import AttestationError, InfrastructureError, InputError, Problem
+from distlm.mlflow_store import MLFLOW_DESTINATION, choose_tracking_uri, embedded_store
 from distlm.redact import redact_uri
 from distlm.tracking import Point, RefusedError
 
@@ -37,11 +37,6 @@ _TAG_LENGTH = 8000
 _DIGEST_LENGTH = 36
 
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
-
-
-def choose_tracking_uri(tracking_uri: str | None, runs_dir: Path) -> str:
-    """The given URI, else MLFLOW_TRACKING_URI, else the embedded SQLite store of `runs_dir`."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
 
 
 class MlflowTracker:
@@ -85,7 +80,7 @@ class MlflowTracker:
         start_time_ms: int | None,
     ) -> MlflowTracker:
         uri = choose_tracking_uri(tracking_uri, runs_dir)
-        embedded = tracking_uri is None and not os.environ.get("MLFLOW_TRACKING_URI")
+        embedded = uri == embedded_store(runs_dir)
         # MLflow fills a fresh SQLite file step by step: of three processes that open one together, two fail.
         with _translated_errors(), _locked(runs_dir / ".mlflow.lock") if embedded else nullcontext():
             client = MlflowClient(tracking_uri=uri)
@@ -100,7 +95,7 @@ class MlflowTracker:
 
     @property
     def destination(self) -> str:
-        return f"mlflow:{self.mlflow_run_id}"
+        return f"{MLFLOW_DESTINATION}{self.mlflow_run_id}"
 
     def log_points(self, points: Sequence[Point]) -> None:
         """MLflow keeps NaN, shows an infinity as the largest float, and ignores a point that it has already."""

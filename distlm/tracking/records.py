@@ -1,34 +1,16 @@
-"""The lines of attempts/NNN/metrics.jsonl: what is written, and what a reader makes of it.
-
-One JSON object a line, each with a `kind`:
-
-    metrics   step, incarnation, timestamp_ms, values   what rank 0 measured; `step` is the optimizer step
-    system    the same                                  what one node measured; `step` counts sampling intervals
-    restore   step, incarnation, timestamp_ms           this incarnation began from the checkpoint of this step
-    params, tags, dataset, artifact, status             what a tracker gets besides points (see delivery.py)
-    event, failure, ...                                 whatever else was reported; kept for tools
-
-NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity", because JSON has no such numbers. The
-file is append-only, so a step that was trained again after a restore is in it twice; the reader tells which one counts.
-"""
+"""Points of metrics: as they are measured, and as a reader of a run's metrics.jsonl files (distlm/metrics_file.py) sees
+them."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from distlm.metrics_file import POINT_KINDS, read_lines
 from distlm.run_folder import RunFolder
-
-_log = logging.getLogger(__name__)
-
-POINT_KINDS = ("metrics", "system")
 
 
 def now_ms() -> int:
@@ -65,47 +47,6 @@ class StoredRecord(Record):
     superseded: bool = False
 
 
-def encode_line(message: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_finite(message), ensure_ascii=False, separators=(",", ":"), default=str) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every non-finite number in it written as a string that float() reads back."""
-    match value:
-        case float() if not math.isfinite(value):
-            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-    return value
-
-
-def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The messages of a metrics.jsonl from byte `start` on, each with the offset of its line's end.
-
-    A file that does not exist has none. A last line without its newline is still being written, or its writer was
-    killed: it is left out. A damaged line elsewhere is left out with a warning.
-    """
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        file.seek(start)
-        end = start
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            try:
-                message = json.loads(line)
-                if message["kind"] in POINT_KINDS:
-                    message["values"] = {key: float(value) for key, value in message["values"].items()}
-            except (ValueError, KeyError, TypeError):
-                _log.warning("%s: the line that ends at byte %d is damaged and left out", path, end)
-                continue
-            yield end, message
-
-
 def read_metrics(run_folder: RunFolder, include_superseded: bool = False) -> list[StoredRecord]:
     """All records of a run in the order they were written, over all its attempts.
 
@@ -132,14 +73,3 @@ def read_metrics(run_folder: RunFolder, include_superseded: bool = False) -> lis
         if include_superseded or not superseded:
             records.append(StoredRecord(**message, attempt=number, superseded=superseded))
     return records
-
-
-def cut_torn_line(path: Path) -> None:
-    """Remove a last line without newline, left by a controller that was killed, or found no room, while writing."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return
-    size = content.rfind(b"\n") + 1
-    if size < len(content):
-        os.truncate(path, size)

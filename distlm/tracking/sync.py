@@ -9,13 +9,14 @@ from distlm.config.attempt import load_attempt
 from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.metrics_file import cut_torn_line, encode_line, read_lines
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, lease, read_json
 from distlm.tracking import Tracker
 from distlm.tracking.delivery import sync
 from distlm.tracking.mlflow import MlflowTracker
 from distlm.tracking.model_upload import upload_once
-from distlm.tracking.records import cut_torn_line, encode_line, now_ms, read_lines
+from distlm.tracking.records import now_ms
 
 
 def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:

@@ -10,6 +10,7 @@ from distlm.checkpoint.manifest import KINDS
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.errors import CheckpointError
+from distlm.metrics_file import read_lines
 from distlm.run_folder import AttemptFolder, RunFolder
 from distlm.verify_resume.compare import Piece, StateDifference
 from distlm.verify_resume.samples import KILLED, read_samples
@@ -28,8 +29,6 @@ def was_killed(attempt: AttemptFolder) -> bool:
 
 def read_piece(attempt: AttemptFolder, workers: int, planned_first_step: int, last_step: int) -> Piece:
     """The evidence of an attempt that trained up to `last_step` and was killed in the next one or reached the end."""
-    from distlm.tracking.records import read_lines
-
     messages = [message for _, message in read_lines(attempt.metrics_jsonl)]
     restored = [message["step"] for message in messages if message["kind"] == "restore"]
     losses = {
@@ -50,8 +49,6 @@ def read_piece(attempt: AttemptFolder, workers: int, planned_first_step: int, la
 
 def read_device(attempt: AttemptFolder) -> str:
     """cpu or cuda: what the workers computed on."""
-    from distlm.tracking.records import read_lines
-
     tags: dict[str, Any] = {}
     for _, message in read_lines(attempt.metrics_jsonl):
         tags |= message["tags"] if message["kind"] == "tags" else {}

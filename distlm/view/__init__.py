@@ -20,15 +20,30 @@ This package belongs to the control plane.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
+
+from distlm.metrics_file import finite
 
 Event = Mapping[str, Any]
 
 
 def make_event(kind: str, **fields: Any) -> dict[str, Any]:
     return {"event": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+
+
+def encode_event(event: Event) -> str:
+    """One line of JSON; numbers that JSON has not are the strings NaN, Infinity and -Infinity, as in metrics.jsonl."""
+    return json.dumps(finite(event), ensure_ascii=False) + "\n"
+
+
+def decode_event(line: str) -> Event:
+    event = json.loads(line)
+    if event["event"] == "metrics":
+        event["values"] = {name: float(value) for name, value in event["values"].items()}
+    return event
 
 
 class View(Protocol):

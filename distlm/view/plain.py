@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TextIO
 
 from distlm.console import discard
-from distlm.view import Event
+from distlm.view import Event, encode_event
 from distlm.view.state import AttemptState, lines_of, stop_message, training_line
 
 _QUIET_S = 5.0
@@ -28,7 +26,7 @@ class PlainView:
     def show(self, event: Event) -> None:
         self.state.update(event)
         for line in self._lines(event):
-            _write_line(self._stream, line)
+            _write(self._stream, f"{line}\n")
 
     def stop_requested(self, count: int) -> None:
         with suppress(OSError, ValueError):
@@ -54,13 +52,13 @@ class PlainView:
 
 
 class JsonView:
-    """Prints each event as a line of JSON: for programs. NaN and infinity, which JSON has not, become null."""
+    """Prints each event as a line of JSON: for programs."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def show(self, event: Event) -> None:
-        _write_line(self._stream, json.dumps(_finite(event), ensure_ascii=False, allow_nan=False))
+        _write(self._stream, encode_event(event))
 
     def stop_requested(self, count: int) -> None:
         return
@@ -69,17 +67,9 @@ class JsonView:
         return
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _write_line(stream: TextIO, line: str) -> None:
+def _write(stream: TextIO, text: str) -> None:
     try:
-        stream.write(f"{line}\n")
+        stream.write(text)
         stream.flush()
     except (OSError, ValueError):  # the reader has gone
         with suppress(OSError, ValueError):

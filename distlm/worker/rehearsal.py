@@ -12,8 +12,8 @@ from distlm.checkpoint.store import CheckpointStore
 from distlm.config.attempt import Attempt
 from distlm.config.schema import RunConfig
 from distlm.errors import InfrastructureError
+from distlm.metrics_file import read_lines
 from distlm.run_folder import AttemptFolder, RunFolder
-from distlm.tracking.records import read_lines
 from distlm.verify_resume.samples import KILLED, MicroBatch, samples_path, write_samples
 
 _TIMEOUT_S = 60.0

@@ -23,8 +23,8 @@ from saved_state import saved_weights
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, CheckpointStore
 from distlm.errors import ExitCode
+from distlm.metrics_file import read_lines
 from distlm.run_folder import RunFolder, lease, read_json
-from distlm.tracking.records import read_lines
 from distlm.tracking.startup import startup_seconds
 
 ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null")

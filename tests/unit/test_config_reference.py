@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from distlm.config.load import _models_in, all_keys, parse_scalar
+from distlm.config.load import all_keys, models_in, parse_scalar
 from distlm.config.reference import config_reference
 from distlm.config.resolve import MAY_CHANGE_ON_RESUME
 from distlm.config.schema import RunConfig
@@ -47,7 +47,7 @@ def rows() -> Iterator[tuple[list[str], list[str]]]:
 
 def defaults(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, field in model.model_fields.items():
-        sections = list(_models_in(field.annotation))
+        sections = list(models_in(field.annotation))
         default = "required" if field.default is PydanticUndefined else field.default
         yield prefix + name, SECTION if isinstance(default, BaseModel) else default
         for section in sections:

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlm.controller.cluster import temporary_root
 from distlm.processes import count_oom_kills
+from distlm.temporary import temporary_root
 
 # Starts a process before the block, and in it a child that leaves an orphan behind and is gone, as a killed controller.
 _COMMAND = """

@@ -20,11 +20,12 @@ import pytest
 
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.errors import AttestationError, InfrastructureError
+from distlm.metrics_file import encode_line, read_lines
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, read_json
 from distlm.tracking import Point, RefusedError
 from distlm.tracking.delivery import Delivery, sync
-from distlm.tracking.records import Record, encode_line, read_lines, read_metrics
+from distlm.tracking.records import Record, read_metrics
 
 
 class MemoryTracker:

@@ -36,8 +36,9 @@ from distlm.errors import (
     Problem,
     TrainingError,
 )
+from distlm.metrics_file import encode_line
 from distlm.run_folder import AttemptFolder, RunFolder, write_json
-from distlm.tracking.records import Record, encode_line
+from distlm.tracking.records import Record
 from distlm.verify_resume import command
 from distlm.verify_resume.command import (
     PlannedPiece,

@@ -25,7 +25,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from distlm.view import Event, View, make_event
+from distlm.view import Event, View, decode_event, make_event
 from distlm.view.live import panel, sparkline, summary
 from distlm.view.plain import JsonView, PlainView
 from distlm.view.state import AttemptState, Curve, format_duration, stop_message
@@ -170,8 +170,9 @@ def test_json_lines_are_the_events_and_valid_where_a_number_is_not() -> None:
         view.show(event)
     first, second = stream.getvalue().splitlines()
     assert json.loads(first) == events[0]
-    assert "NaN" not in second and "Infinity" not in second
-    assert json.loads(second)["values"] == {"train/loss": None, "grad_norm": None, "epoch": 0.5}
+    told = json.loads(second)["values"]
+    assert told == {"train/loss": "NaN", "grad_norm": "Infinity", "epoch": 0.5}, "as in metrics.jsonl"
+    assert math.isnan(decode_event(second)["values"]["train/loss"])
 
 
 # --- the live lines --------------------------------------------------------------------------------------------------

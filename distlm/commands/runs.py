@@ -1,0 +1,305 @@
+"""`distlm list` and `distlm status`: what runs there are, and how one is doing. The words for states are those of
+distlm.run_status.
+
+`--json` prints these keys; null: not known. Numbers are numbers, but NaN and infinities are strings, as in
+metrics.jsonl. Times are UTC in ISO 8601.
+
+    list: an array, newest first, of
+        run_id, name, state, folder
+        step, total_steps, loss     the last step that is done, and train/loss as it was reported last
+        started_at, duration_s      of the first attempt; of all attempts together
+        attempts                    how many
+        damaged                     what could not be read, in words; empty: nothing
+
+    status: the same, but `attempts` is an array, oldest first, of
+            number, state, target, num_workers, zero_stage, started_at, ended_at, duration_s, exit_code, message, log
+        and further
+        task, model                 its type; where it comes from
+        metrics                     {"train": {"step", "values"}, "eval": ...}; each null before its first point
+        checkpoints                 steps, newest first, of those that are whole as far as sizes tell
+        last_good_step              the checkpoint that a resume continues
+        log, model_folder           files; model_folder is null before there is one
+        tracking_uri, mlflow_run_id without secrets; null: not recorded in MLflow, or nothing was sent yet
+        next                        commands that may be wanted now, the likeliest first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from distlm.checkpoint.listing import list_checkpoints
+from distlm.checkpoint.store import CheckpointStore
+from distlm.commands.find import find_run
+from distlm.config.load import expanded
+from distlm.console import printable, say
+from distlm.errors import DistlmError, ExitCode
+from distlm.metrics_file import finite
+from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
+from distlm.redact import redact_uri
+from distlm.run_folder import RunFolder
+from distlm.run_status import AttemptStatus, RunStatus, run_status, runs_in, value_at
+from distlm.view.state import format_duration
+from distlm.view.table import Column, table
+
+
+def list_runs(options: argparse.Namespace) -> int:
+    found = runs_in(options.runs_dir)
+    shown = [run_status(run, with_evaluation=False) for run in (found[: options.limit] if options.limit else found)]
+    if options.json:
+        say(json.dumps(finite([_summary(one) for one in shown]), indent=2, ensure_ascii=False))
+    elif not shown:
+        say(f"no runs in {options.runs_dir}; use --runs-dir for another folder")
+    else:
+        say("\n".join(_table_of_runs(shown)))
+        if len(shown) < len(found):
+            say(f"and {len(found) - len(shown)} older runs (-n 0 lists all)")
+    return ExitCode.SUCCEEDED
+
+
+def status(options: argparse.Namespace) -> int:
+    run = find_run(options.runs_dir, options.run)
+    details = _details(run_status(run))
+    if options.json:
+        say(json.dumps(finite(details), indent=2, ensure_ascii=False))
+    else:
+        say("\n".join(_page(details)))
+    return ExitCode.SUCCEEDED
+
+
+# --- what is known ---------------------------------------------------------------------------------------------------
+
+
+def _summary(one: RunStatus) -> dict[str, Any]:
+    return {
+        "run_id": one.run.run_id,
+        "name": one.name,
+        "state": one.state,
+        "step": one.step,
+        "total_steps": one.total_steps,
+        "loss": one.metrics.train.get("train/loss"),
+        "started_at": _iso(one.started_s),
+        "duration_s": one.duration_s,
+        "attempts": len(one.attempts),
+        "folder": str(one.run.path),
+        "damaged": one.damaged,
+    }
+
+
+def _details(one: RunStatus) -> dict[str, Any]:
+    run, damaged = one.run, list(one.damaged)
+    checkpoints, last_good_step = _checkpoints(run, damaged)
+    uri, mlflow_id = _tracking(one, damaged)
+    metrics = one.metrics
+    return {
+        **_summary(one),
+        "task": value_at(one.tree, "task", "type"),
+        "model": _model(one.tree),
+        "metrics": {
+            "train": _point(metrics.train_step, metrics.train),
+            "eval": _point(metrics.eval_step, metrics.eval),
+        },
+        "attempts": [_attempt(attempt) for attempt in one.attempts],
+        "checkpoints": checkpoints,
+        "last_good_step": last_good_step,
+        "log": str(one.attempts[-1].log) if one.attempts else None,
+        "model_folder": str(run.model) if run.model.is_dir() else None,
+        "tracking_uri": uri,
+        "mlflow_run_id": mlflow_id,
+        "next": _next(one, bool(checkpoints)),
+        "damaged": damaged,
+    }
+
+
+def _attempt(attempt: AttemptStatus) -> dict[str, Any]:
+    return {
+        "number": attempt.number,
+        "state": attempt.state,
+        "target": attempt.target,
+        "num_workers": attempt.num_workers,
+        "zero_stage": attempt.zero_stage,
+        "started_at": _iso(attempt.started_s),
+        "ended_at": _iso(attempt.ended_s),
+        "duration_s": attempt.duration_s,
+        "exit_code": attempt.exit_code,
+        "message": attempt.message,
+        "log": str(attempt.log) if attempt.log else None,
+    }
+
+
+def _point(step: int | None, values: Mapping[str, float]) -> dict[str, Any] | None:
+    return {"step": step, "values": dict(values)} if values else None
+
+
+def _checkpoints(run: RunFolder, damaged: list[str]) -> tuple[list[int], int | None]:
+    """The steps of whole checkpoints, newest first, and the one that a resume continues."""
+    try:
+        listed = list_checkpoints(CheckpointStore(run.checkpoints), None)
+    except DistlmError as error:
+        damaged.append(str(error))
+        return [], None
+    damaged += [f"checkpoint {one.path.name}: {one.reason}" for one in listed if one.state in ("damaged", "unknown")]
+    steps = [one.step for one in listed if one.state == "committed" and one.step is not None]
+    return steps, next((one.step for one in listed if one.is_resumed), None)
+
+
+def _tracking(one: RunStatus, damaged: list[str]) -> tuple[str | None, str | None]:
+    """The tracking URI without secrets, and the id of the MLflow run."""
+    if "mlflow" not in (value_at(one.tree, "tracking", "report_to") or []):
+        return None, None
+    written = value_at(one.tree, "tracking", "tracking_uri")
+    try:
+        return redact_uri(
+            choose_tracking_uri(expanded(written, "tracking.tracking_uri"), one.run.runs_dir)
+        ), mlflow_run_id(one.run)
+    except DistlmError as error:
+        damaged.append(str(error))
+        return redact_uri(str(written)), None
+
+
+def _model(tree: Mapping[str, Any]) -> str | None:
+    if name := value_at(tree, "model", "name_or_path"):
+        return str(name)
+    kind = value_at(tree, "model", "config", "model_type")
+    return f"{kind} from scratch" if kind else None
+
+
+def _next(one: RunStatus, has_checkpoint: bool) -> list[str]:
+    """Commands, the likeliest first."""
+    is_here = one.run.runs_dir == Path("runs").absolute()
+    name = one.run.run_id if is_here else os.path.relpath(one.run.path)
+    resume, ui, sync = (f"distlm {verb} {name}" for verb in ("resume", "ui", "sync"))
+    records = "mlflow" in (value_at(one.tree, "tracking", "report_to") or [])
+    match one.state:
+        case "succeeded":
+            return [*([ui] if records else []), f"distlm export {name} DIR"]
+        case "starting" | "running":
+            return [*([ui] if records and one.state == "running" else []), f"distlm status {name}"]
+        case "bad_input":
+            return [f"{resume} KEY=VALUE"]
+        case "lost":  # MLflow may show it as running
+            return [resume, *([sync] if records and one.metrics.step is not None else [])]
+    return [resume, *([ui] if records and one.metrics.step is not None else [])]
+
+
+def _iso(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+# --- what people see -------------------------------------------------------------------------------------------------
+
+
+def _table_of_runs(shown: list[RunStatus]) -> list[str]:
+    columns = [
+        Column("run"), Column("name", gives_way=True), Column("state"), Column("step", "right"),
+        Column("loss", "right"), Column("started", "right", may_go=True), Column("took", "right", may_go=True),
+    ]  # fmt: skip
+    rows = [
+        (
+            one.run.run_id, one.name, one.state,
+            _of_total(one.step, one.total_steps), _number(one.metrics.train.get("train/loss")), _age(one.started_s),
+            _duration(one.duration_s),
+        )
+        for one in shown
+    ]  # fmt: skip
+    lines = table(columns, rows)
+    return lines + [f"{one.run.run_id} is damaged: {printable(text)}" for one in shown for text in one.damaged]
+
+
+def _page(details: dict[str, Any]) -> list[str]:
+    step = f"step {_of_total(details['step'], details['total_steps'])}" if details["step"] is not None else ""
+    parts = (details["state"], step, f"took {_duration(details['duration_s'])}")
+    lines = [f"run {details['run_id']}: {', '.join(filter(None, parts))}"]
+    facts = {
+        "name": details["name"],
+        "task": details["task"],
+        "model": details["model"],
+        "started": _local(details["started_at"]),
+        "training": _values(details["metrics"]["train"]),
+        "evaluation": _values(details["metrics"]["eval"]),
+        "checkpoints": _steps(details["checkpoints"], details["last_good_step"]),
+        "folder": os.path.relpath(details["folder"]),
+        "log": os.path.relpath(details["log"]) if details["log"] else None,
+        "trained model": os.path.relpath(details["model_folder"]) if details["model_folder"] else None,
+        "MLflow": _mlflow(details),
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    lines += [f"  {name:<14}{printable(value)}" for name, value in known.items()]
+    lines += ["", *_table_of_attempts(details["attempts"])] if details["attempts"] else ["  no attempt was begun"]
+    for attempt in details["attempts"]:
+        if attempt["message"]:
+            lines += ["", f"attempt {attempt['number']}, {attempt['state']}:"]
+            lines += [f"  {printable(line)}" for line in attempt["message"].splitlines()]
+    lines += ["", *(f"damaged: {printable(text)}" for text in details["damaged"])] if details["damaged"] else []
+    return [*lines, "", *(f"next: {command}" for command in details["next"])]
+
+
+def _table_of_attempts(attempts: list[dict[str, Any]]) -> list[str]:
+    columns = [
+        Column("attempt", "right"), Column("state"), Column("target"), Column("workers", "right"),
+        Column("ZeRO", "right"), Column("started"), Column("took", "right"), Column("exit code", "right"),
+    ]  # fmt: skip
+    rows = [
+        (
+            one["number"], one["state"], one["target"], one["num_workers"], one["zero_stage"],
+            _local(one["started_at"]), _duration(one["duration_s"]), one["exit_code"],
+        )
+        for one in attempts
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _values(point: dict[str, Any] | None) -> str | None:
+    if point is None:
+        return None
+    names = ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy", "learning_rate", "throughput/tokens_per_s")
+    shown = [f"{name.rpartition('/')[2]} {_number(point['values'][name])}" for name in names if name in point["values"]]
+    return f"step {point['step']}: {', '.join(shown)}"
+
+
+def _steps(steps: list[int], last_good: int | None) -> str | None:
+    if not steps:
+        return None
+    return f"{', '.join(map(str, steps))}" + (f" (a resume continues {last_good})" if last_good is not None else "")
+
+
+def _mlflow(details: dict[str, Any]) -> str | None:
+    if details["tracking_uri"] is None:
+        return None
+    run_id = details["mlflow_run_id"]
+    return f"{details['tracking_uri']} ({f'run {run_id}' if run_id else 'has nothing of this run yet'})"
+
+
+def _of_total(step: int | None, total: int | None) -> str:
+    return f"{'-' if step is None else step}/{'?' if total is None else total}" if step or total else "-"
+
+
+def _number(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else format_duration(seconds)
+
+
+def _age(seconds: float | None) -> str:
+    """Of something that began then, such as "3 h ago"."""
+    if seconds is None:
+        return "-"
+    age = max(0.0, time.time() - seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if age >= size:
+            return f"{age / size:.0f} {unit} ago"
+    return "now"
+
+
+def _local(iso: str | None) -> str | None:
+    return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M:%S}" if iso else None
