@@ -88,7 +88,7 @@ exit codes: 0 none is damaged or unknown (or there are none); 2 bad input;
 
 _COMPLETION_EPILOG = """to have it in every new shell:
   bash   echo 'eval "$(distlm completion bash)"' >> ~/.bashrc
-  zsh    echo 'eval "$(distlm completion zsh)"' >> ~/.zshrc      (after compinit)
+  zsh    echo 'eval "$(distlm completion zsh)"' >> ~/.zshrc
   fish   distlm completion fish > ~/.config/fish/completions/distlm.fish"""
 
 

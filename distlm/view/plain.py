@@ -29,8 +29,9 @@ class PlainView:
             _write(self._stream, f"{line}\n")
 
     def stop_requested(self, count: int) -> None:
+        self.state.stopping = stop_message(count)
         with suppress(OSError, ValueError):
-            os.write(self._stream.fileno(), f"{stop_message(count)}\n".encode())
+            os.write(self._stream.fileno(), f"{self.state.stopping}\n".encode())
 
     def close(self) -> None:
         return

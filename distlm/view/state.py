@@ -68,7 +68,7 @@ class AttemptState:
             case "metrics":
                 self._measured(event["step"], event["values"], now)
             case "stopping":
-                self.stopping = event["message"]
+                self.stopping = self.stopping or event["message"]
             case "result":
                 self.result, self.ended_s = event, now
 
@@ -202,8 +202,10 @@ def lines_of(state: AttemptState, event: Event) -> list[str]:
         case "begin":
             attempt = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
             return [f"run {event['run_id']} in {os.path.relpath(event['folder'])}{attempt}"]
-        case "phase" | "note" | "stopping":
+        case "phase" | "note":
             return [event["message"]]
+        case "stopping":  # not news to who has asked here
+            return [event["message"]] if state.stopping == event["message"] else []
         case "warning":
             return [f"warning: {event['message']}"]
         case "metrics" if "eval/loss" in event["values"]:
