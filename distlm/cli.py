@@ -57,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     submit = verbs.add_parser("submit", help="train a run from its config")
-    submit.add_argument("config", type=Path, help="YAML file")
+    submit.add_argument(
+        "config", type=Path, metavar="CONFIG|run:RUN",
+        help="YAML file; or run:RUN for a new run that equals another (its id or the beginning of it, folder, or 'last')",
+    )  # fmt: skip
+    submit.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="where run:RUN is looked for (default: runs)"
+    )
     submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
     submit.set_defaults(verb=_later("submit", "submit"))
 

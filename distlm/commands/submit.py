@@ -7,30 +7,36 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
-
 from distlm.commands.find import find_run
 from distlm.config.attempt import begin_attempt, changed_config, create_run
 from distlm.config.load import load_config
+from distlm.config.reproduce import Reproduction, reproduce
 from distlm.config.resolve import resolved_tree
 from distlm.console import say
 from distlm.errors import ExitCode, Problem
 from distlm.launchers.local import LocalLauncher
-from distlm.run_folder import RunFolder, lease, new_run_id, read_json
+from distlm.run_folder import RunFolder, dump_yaml, lease, new_run_id, read_json
 
 
 def submit(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
-    loaded = load_config(options.config, options.overrides, launcher.check)
+    equal = None
+    if (name := str(options.config)).startswith(_RUN_PREFIX):
+        original = find_run(options.runs_dir, name.removeprefix(_RUN_PREFIX))
+        equal = reproduce(original, options.overrides, launcher.check)
+    loaded = equal.loaded if equal else load_config(options.config, options.overrides, launcher.check)
     run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
     request = launcher.build(loaded.config, run)
     if options.dry_run:
-        say(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
+        say(dump_yaml(resolved_tree(loaded.config, loaded.raw)), end="")
         say(f"# {request}")
         return ExitCode.SUCCEEDED
     create_run(loaded, run)
-    attempt = begin_attempt(loaded, run, options.overrides)
+    reproduces = str(equal.original.path) if equal else ""
+    attempt = begin_attempt(loaded, run, options.overrides, reproduces=reproduces)
     say(f"run {run.run_id} in {os.path.relpath(run.path)}")
+    if equal:
+        _say_what_is_otherwise(equal)
     code = launcher.submit(request, attempt, options.detach)
     return _report(run, code) if not options.detach else code
 
@@ -48,6 +54,19 @@ def resume(options: argparse.Namespace) -> int:
     say(f"run {run.run_id}, attempt {attempt.number}")
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code
+
+
+_RUN_PREFIX = "run:"
+
+"""What begins the name of a run that is given in place of a config file."""
+
+
+def _say_what_is_otherwise(equal: Reproduction) -> None:
+    say(f"the config of run {equal.original.run_id}{', but for:' if equal.changed else ''}")
+    for line in equal.changed:
+        say(f"  {line}")
+    for line in equal.warnings:
+        say(f"warning: {line}")
 
 
 def _last_result(run: RunFolder) -> dict[str, object] | None:
