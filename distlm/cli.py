@@ -58,12 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     submit = verbs.add_parser("submit", help="train a run from its config")
     submit.add_argument(
-        "config", type=Path, metavar="CONFIG|run:RUN",
-        help="YAML file; or run:RUN for a new run that equals another (its id or the beginning of it, folder, or 'last')",
-    )  # fmt: skip
-    submit.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="where run:RUN is looked for (default: runs)"
+        "config",
+        type=Path,
+        metavar="CONFIG|run:RUN",
+        help="YAML file; or run:RUN, for a new run equal to RUN: its id (or its beginning), folder, or 'last'",
     )
+    submit.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where RUN is (default: runs)")
     submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
     submit.set_defaults(verb=_later("submit", "submit"))
 

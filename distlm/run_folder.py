@@ -165,6 +165,10 @@ class AttemptFolder:
         return self.path / "code"
 
     @property
+    def code_json(self) -> Path:
+        return self.code / "code.json"
+
+    @property
     def environment_txt(self) -> Path:
         return self.path / "environment.txt"
 

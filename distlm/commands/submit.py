@@ -17,6 +17,9 @@ from distlm.errors import ExitCode, Problem
 from distlm.launchers.local import LocalLauncher
 from distlm.run_folder import RunFolder, dump_yaml, lease, new_run_id, read_json
 
+_RUN_PREFIX = "run:"
+"""What begins the name of a run that is given in place of a config file."""
+
 
 def submit(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
@@ -54,11 +57,6 @@ def resume(options: argparse.Namespace) -> int:
     say(f"run {run.run_id}, attempt {attempt.number}")
     code = launcher.submit(launcher.build(loaded.config, run), attempt, options.detach)
     return _report(run, code) if not options.detach else code
-
-
-_RUN_PREFIX = "run:"
-
-"""What begins the name of a run that is given in place of a config file."""
 
 
 def _say_what_is_otherwise(equal: Reproduction) -> None:
