@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,8 +43,14 @@ def parse_environment(text: str) -> tuple[dict[str, str], dict[str, str]]:
     lines = text.splitlines()
     pairs = [line.removeprefix("# ").partition(": ") for line in lines if line.startswith("# ")]
     found = {name: value for name, colon, value in pairs if colon and name in _MACHINE}
-    packages = [line for line in lines if line and not line.startswith("#")]
-    return found, {_normalised(_name_in(line)): line for line in packages}
+    packages = {}
+    for before, line in pairwise(["", *lines]):
+        if line and not line.startswith("#"):
+            # An editable install without an address is named in the comment before it.
+            named = re.match(r"# Editable .*\((\S+==\S+)\)", before) if line.startswith("-e ") else None
+            line = f"{named[1]} {line}" if named else line
+            packages[_normalised(_name_in(line))] = line
+    return found, packages
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class Provenance:
         self._run, self._folder, self._say = run, folder, say
         self._tags: dict[str, str] = {}
         self._files: list[Path] = []
-        self._warnings: list[str] = []
+        self._lines: list[str] = []
+        """For the user."""
         self._original: RunFolder | None = None
         self._try("cannot read which run this one is to equal", self._find_original)
         self._is_prepared = threading.Event()
@@ -65,14 +66,14 @@ class Provenance:
         self._thread.join(timeout_s if self._is_prepared.is_set() else 0.0)
         if self._thread.is_alive():
             return
-        for warning in self._warnings:
-            self._say(f"warning: {warning}")
+        for line in self._lines:
+            self._say(line)
         if self._tags:
             recorder.set_tags(self._tags)
         for file in self._files:
             folder = "/code" if file.parent == self._folder.code else ""
             recorder.log_artifact(file, f"attempts/{self._folder.number:03d}{folder}")
-        self._warnings, self._tags, self._files = [], {}, []
+        self._lines, self._tags, self._files = [], {}, []
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class Provenance:
             function()
         except Exception as error:  # noqa: BLE001 - whatever it is, a record is no reason to fail a run
             traceback.print_exc()
-            self._warnings.append(f"{failure}: {type(error).__name__}: {one_line(error)}")
+            self._lines.append(f"warning: {failure}: {type(error).__name__}: {one_line(error)}")
 
     def _find_original(self) -> None:
         self._original = original_of(self._run)
@@ -140,10 +141,18 @@ class Provenance:
         if self._original is None:
             return
         ours, attempts = AttemptRecord.read(self._folder), accepted_attempts(self._original)
+        if not attempts:
+            message = f"run {self._original.run_id} has no records any more, so nothing is compared with it"
+            self._lines.append(f"warning: {message}")
+            return
+        found: list[str] = []
         for attempt in attempts:
             number = f", attempt {attempt.number}" if len(attempts) > 1 else ""
             name = f"run {self._original.run_id}{number}"
-            self._warnings += differences(ours, AttemptRecord.read(attempt), name)
+            found += (f"warning: {line}" for line in differences(ours, AttemptRecord.read(attempt), name))
+        if not found and None not in (ours.code, ours.environment, ours.data):
+            found = [f"code, packages, machine and data are those of run {self._original.run_id}"]
+        self._lines += found
 
 
 def _sha256(path: Path) -> str:

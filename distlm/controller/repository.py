@@ -252,7 +252,7 @@ class Git:
         command = ["git", "--no-pager", "--no-optional-locks", "--no-replace-objects", *arguments]
         left_s = self._deadline - time.monotonic()
         verb = next((part for part in arguments if part in _VERBS), arguments[0])
-        late = GitError(f"git {verb} did not end within {TIMEOUT_S:.0f} s")
+        late = GitError(f"git {verb} did not end within {TIMEOUT_S:g} s")
         if left_s <= 0:
             raise late
         try:
