@@ -14,7 +14,7 @@ from distlm.config.reproduce import original_of, reproduce
 from distlm.config.resolve import contradictions, resolved_tree
 from distlm.errors import ExitCode, InputError
 from distlm.launchers.local import LocalLauncher
-from distlm.run_folder import RunFolder, dump_yaml, read_yaml
+from distlm.run_folder import RunFolder, dump_yaml, read_yaml, write_json
 
 CONFIG = """\
 model: {config: {model_type: bert, hidden_size: 64, num_attention_heads: 2}}
@@ -198,3 +198,29 @@ def test_defaults_that_depend_on_other_keys() -> None:
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     dumped = dump_yaml({"key": text, "list": [text, 1e-6, 5e22, 7, None]})
     assert yaml.safe_load(dumped) == parse_yaml(dumped, "")[0] == {"key": text, "list": [text, 1e-6, 5e22, 7, None]}
+
+
+def test_sources_on_the_hub_keep_the_commit_of_the_run_to_equal() -> None:
+    """As a resume does; unless an override names another data set."""
+    from distlm.worker.prepare import _commits_to_reproduce
+
+    sources = "[{source: datasets, path: some/corpus}, {source: datasets, path: other/corpus, revision: v1}]"
+    original = make_run(f"data.train={sources}")
+    told = [
+        {"source": "datasets", "path": "some/corpus", "revision": None, "commit": "a" * 40},
+        {"source": "datasets", "path": "other/corpus", "revision": "v1", "commit": "b" * 40},
+        {"source": "files", "paths": ["corpus.txt"]},
+    ]
+    original.init.mkdir()
+    write_json(original.init / "prepared.json", {"data_info": {"sources": {"train": told, "validation": []}}})
+
+    def commits(number: int, *overrides: str) -> dict[str, str]:
+        run = RunFolder.create(Path("runs"), f"20260101-00000{number}-cccccc")
+        loaded = reproduce(original, overrides, contradictions).loaded
+        begin_attempt(loaded, run, [], reproduces=str(original.path))
+        return _commits_to_reproduce(loaded.config, run)
+
+    assert commits(1) == {"data.train.0": "a" * 40, "data.train.1": "b" * 40}
+    assert commits(2, "data.train.1.revision=v2") == {"data.train.0": "a" * 40}
+    assert commits(3, "data.train=[{source: datasets, path: third/corpus}]") == {}
+    assert _commits_to_reproduce(load_config(Path("config.yaml")).config, original) == {}
