@@ -63,7 +63,8 @@ def reproduce(
 
 def original_of(run: RunFolder) -> RunFolder | None:
     """The run that this one was submitted to equal; None: none. Raises InputError for damaged files."""
-    path = Attempt.read(run.attempts()[0]).reproduces
+    first = run.attempts()[:1]  # a resume of it equals the same run
+    path = Attempt.read(first[0]).reproduces if first else ""
     return RunFolder(Path(path)) if path else None
 
 
