@@ -32,6 +32,7 @@ _EXAMPLES = {
   distlm submit configs/pretrain.yaml
   distlm submit configs/pretrain.yaml training.max_steps=1000 seed=7
   distlm submit configs/pretrain.yaml --dry-run
+  distlm submit run:last
 
 Ctrl-C finishes the step, saves a checkpoint and says how to resume; a second
 one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
@@ -134,7 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a run from its config, on this machine or on the Ray cluster that RAY_ADDRESS names. "
         "Everything that it leaves is in runs/RUN_ID.",
     )
-    submit.add_argument("config", type=Path, help="YAML file")
+    submit.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG|run:RUN",
+        help="YAML file; or run:RUN, for a new run equal to RUN: its id (or its beginning), folder, or 'last'",
+    )
+    submit.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where RUN is (default: runs)")
     submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
     submit.set_defaults(verb=_later("submit", "submit"))
 

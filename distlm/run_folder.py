@@ -9,7 +9,8 @@
         init/                     initial weights, tokenizer and what was prepared once for the run
         checkpoints/step-00000100/
         model/                    the trained model in Hugging Face format
-        attempts/001/             attempt.yaml, handle.json, result.json, metrics.jsonl, logs/
+        attempts/001/             attempt.yaml, handle.json, result.json, metrics.jsonl, logs/, and with what it ran:
+                                  code/, environment.txt, data.json
 
 Both planes meet here, so this module uses only the standard library and yaml.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -91,8 +93,24 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that YAML 1.2, in which users' configs are read, would take for a number, such as 1e5 or 08."""
+
+
+for _tag, _pattern in (
+    ("int", r"[-+]?[0-9][0-9_]*"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
+):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML text that reads the same as a config and in `read_yaml`."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def write_yaml(path: Path, data: Any) -> None:
-    write_atomically(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    write_atomically(path, dump_yaml(data))
 
 
 def read_yaml(path: Path) -> Any:
@@ -147,6 +165,22 @@ class AttemptFolder:
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:05d}.log"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def code_json(self) -> Path:
+        return self.code / "code.json"
+
+    @property
+    def environment_txt(self) -> Path:
+        return self.path / "environment.txt"
+
+    @property
+    def data_json(self) -> Path:
+        return self.path / "data.json"
 
     @property
     def profile(self) -> Path:

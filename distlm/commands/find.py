@@ -12,6 +12,9 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     """The run named by its id, a beginning of it, its folder, or 'last'. Raises InputError unless it is exactly one."""
     if (Path(name) / "run.yaml").is_file() and (Path(name) / "attempts").is_dir():
         return RunFolder(Path(name).absolute())
+    for folder in (Path(name), runs_dir / name):
+        if (folder / "attempts").is_dir() and not (folder / "run.yaml").is_file():
+            raise InputError(f"{folder} has no run.yaml, the config of a run, any more; it cannot be used without")
     known = sorted(path.parent for path in runs_dir.absolute().glob("*/run.yaml"))
     found = known[-1:] if name == "last" else [path for path in known if path.name.startswith(name)]
     if len(found) == 1:

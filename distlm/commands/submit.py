@@ -9,13 +9,13 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import yaml
 
 from distlm.commands.find import find_run
 from distlm.config.attempt import begin_attempt, changed_config, create_run, load_attempt
 from distlm.config.load import load_config
+from distlm.config.reproduce import Reproduction, reproduce
 from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import say
@@ -23,23 +23,31 @@ from distlm.errors import Cause, ExitCode
 from distlm.launchers.local import LocalLauncher, end_abandoned
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
-from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json
+from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json
 from distlm.view import Event, View, make_event
 from distlm.view.choose import make_view
 from distlm.view.ending import command, ending
 from distlm.view.plain import PlainView
 
+_RUN_PREFIX = "run:"
+"""What begins the name of a run that is given in place of a config file."""
+
 
 def submit(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
-    loaded = load_config(options.config, options.overrides, launcher.check)
+    equal = None
+    if (name := str(options.config)).startswith(_RUN_PREFIX):
+        original = find_run(options.runs_dir, name.removeprefix(_RUN_PREFIX))
+        equal = reproduce(original, options.overrides, launcher.check)
+    loaded = equal.loaded if equal else load_config(options.config, options.overrides, launcher.check)
     run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
     if options.dry_run:
-        say(yaml.safe_dump(resolved_tree(loaded.config, loaded.raw), sort_keys=False), end="")
+        say(dump_yaml(resolved_tree(loaded.config, loaded.raw)), end="")
         say(f"# {launcher.build(loaded.config, run)}")
         return ExitCode.SUCCEEDED
     create_run(loaded, run)
-    return _begin(run, begin_attempt(loaded, run, options.overrides), options)
+    attempt = begin_attempt(loaded, run, options.overrides, reproduces=str(equal.original.path) if equal else "")
+    return _begin(run, attempt, options, _what_is_otherwise(equal) if equal else ())
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -57,17 +65,29 @@ def resume(options: argparse.Namespace) -> int:
     return _begin(run, attempt, options)
 
 
+def _what_is_otherwise(equal: Reproduction) -> Iterator[Event]:
+    but_for = ", but for:" if equal.changed else ""
+    yield make_event("note", message=f"the config of run {equal.original.run_id}{but_for}")
+    for line in equal.changed:
+        yield make_event("note", message=f"  {line}")
+    for line in equal.warnings:
+        yield make_event("warning", message=line)
+
+
 def _last_result(run: RunFolder) -> dict[str, object] | None:
     attempts = run.attempts()
     result: dict[str, object] | None = read_json(attempts[-1].result_json) if attempts else None
     return result
 
 
-def _begin(run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace) -> int:
+def _begin(
+    run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace, first_events: Iterable[Event] = ()
+) -> int:
     """Run an attempt to its end here, or begin it in the background."""
     view = PlainView(sys.stdout) if options.detach and not options.json else make_view(options.json)
     config = load_attempt(run, attempt).config
-    view.show(begin_event(config, run, attempt))
+    for event in (begin_event(config, run, attempt), *first_events):
+        view.show(event)
     if not options.detach:
         return _wait(config, run, attempt, view, as_json=options.json)
     with open(attempt.output_log, "ab") as log:

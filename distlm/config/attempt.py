@@ -6,7 +6,8 @@ Client and controller meet here: the client writes run.yaml and attempt.yaml, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from distlm import __version__
@@ -29,6 +30,10 @@ class Attempt:
     """Overrides to apply to run.yaml: those of this resume and of the resumes before it."""
     origins: dict[str, str] = field(default_factory=dict)
     """Key -> "file:line" where the user wrote it, for messages."""
+    working_directory: str = ""
+    """Where the user started the command; relative paths of the config are seen from there."""
+    reproduces: str = ""
+    """Folder of the run that this one is to equal; empty: none."""
     record_samples: bool = False
     """The workers write down which samples each step trains on, in samples/ of the attempt's folder."""
     kill_in_step: int | None = None
@@ -39,10 +44,17 @@ class Attempt:
 
     @classmethod
     def read(cls, folder: AttemptFolder) -> Attempt:
-        """Raises InputError if it is missing or damaged."""
+        """Raises InputError if it is missing or damaged, or has keys of a newer distlm."""
+        content = read_yaml(folder.attempt_yaml)
         try:
-            return cls(**read_yaml(folder.attempt_yaml))
-        except TypeError as error:
+            if unknown := sorted(set(content) - {known.name for known in fields(cls)}):
+                version = content.get("distlm_version")
+                raise InputError(
+                    f"{folder.attempt_yaml} was written by distlm {version} and has keys that this one, "
+                    f"{__version__}, does not know: {', '.join(unknown)}; use the distlm that wrote it"
+                )
+            return cls(**content)
+        except (TypeError, AttributeError) as error:
             raise InputError(f"{folder.attempt_yaml} is damaged: {error}") from error
 
 
@@ -65,6 +77,7 @@ def begin_attempt(loaded: LoadedConfig, run: RunFolder, overrides: list[str], **
         distlm_version=__version__,
         overrides=overrides,
         origins=loaded.origins,
+        working_directory=str(Path.cwd()),
         **others,
     ).write(folder)
     return folder
@@ -102,7 +115,7 @@ def changed_config(
     """
     changes = [*changes_so_far(run), *overrides]
     tree = read_yaml(run.run_yaml)
-    # run.yaml holds every key, and `check` has rules for those that the user has given beside others.
+    # Older versions of distlm wrote defaults into run.yaml that `check` refuses beside other keys.
     written = without_defaults(tree)
     loaded = load_tree(written, changes, check)
     begun = load_tree(written)  # with the keys that are new since then

@@ -52,13 +52,7 @@ def load_config(
 
     Raises InputError with all problems of the file, each with file and line, key and value as written.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(Problem(f"cannot read the config: {error.strerror}", location=str(path))) from None
-    except UnicodeDecodeError as error:
-        raise InputError(Problem(f"not a UTF-8 text file (byte {error.start})", location=str(path))) from None
-    raw, origins = parse_yaml(text, str(path))
+    raw, origins = read_config(path)
     problems = [p for item in overrides for p in _apply_override(raw, origins, item)]
     return _validate(raw, origins, problems, check, environ, default_location=str(path))
 
@@ -106,6 +100,17 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.
 def parse_scalar(text: str) -> Any:
     """The value of an override or of an environment variable: any YAML."""
     return yaml.load(text, _Loader)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `parse_yaml` makes of a file. Raises InputError, too, for one that cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(Problem(f"cannot read the config: {error.strerror}", location=str(path))) from None
+    except UnicodeDecodeError as error:
+        raise InputError(Problem(f"not a UTF-8 text file (byte {error.start})", location=str(path))) from None
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -320,7 +325,9 @@ def _try(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
     try:
         return RunConfig.model_validate(tree), []
     except ValidationError as error:
-        return None, error.errors(include_url=False, include_input=False, include_context=True)
+        errors = error.errors(include_url=False, include_input=False, include_context=True)
+        # Where a default that depends on other keys was not made is no problem of its own.
+        return None, [one for one in errors if one["type"] != "default_factory_not_called"]
 
 
 def _by_location(problem: Problem) -> tuple[str, int, str]:

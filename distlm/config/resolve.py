@@ -145,13 +145,9 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
         )
     if training.warmup_steps >= 1 and training.warmup_steps != int(training.warmup_steps):
         yield Problem("must be a whole number of steps, or a share below 1", "training.warmup_steps")
-    if (
-        training.lr_scheduler_type == "constant"
-        and training.warmup_steps
-        and "warmup_steps" in training.model_fields_set
-    ):
+    if training.lr_scheduler_type == "constant" and training.warmup_steps:
         yield Problem(
-            "the schedule constant has no warm-up; use constant_with_warmup, or leave this out", "training.warmup_steps"
+            "the schedule constant has no warm-up; use constant_with_warmup, or set this to 0", "training.warmup_steps"
         )
     if training.lr_scheduler_type in ("constant", "constant_with_warmup") and training.lr_scheduler_kwargs:
         yield Problem(f"the schedule {training.lr_scheduler_type} takes no arguments", "training.lr_scheduler_kwargs")
@@ -236,8 +232,10 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data, trained = config.data, config.tokenizer.train
-    if data.validation and "validation_fraction" in data.model_fields_set:
-        yield Problem("has no meaning beside data.validation; give one of the two", "data.validation_fraction")
+    if data.validation and data.validation_fraction:
+        yield Problem(
+            "has no meaning beside data.validation; give one of the two, or set this to 0", "data.validation_fraction"
+        )
     if any(source.weight is not None for source in data.train):
         for number, source in enumerate(data.train):
             if source.weight is None:
@@ -345,7 +343,7 @@ def without_defaults(tree: Any, section: type[BaseModel] = RunConfig) -> Any:
         field = section.model_fields.get(name)
         if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             written[name] = without_defaults(value, field.annotation)
-        elif not field or value != field.default:
+        elif not field or value != field.get_default(call_default_factory=True, validated_data={}):
             written[name] = value
     return written
 

@@ -171,8 +171,9 @@ class DataConfig(Section):
     """Sources of training text, used together."""
     validation: list[Source] = []
     """Sources of held-out text; empty: `validation_fraction` of the training documents is held out."""
-    validation_fraction: Fraction = 0.01
-    """Share of the training documents held out for evaluation where `validation` is empty; 0: no evaluation."""
+    validation_fraction: Fraction = Field(default_factory=lambda data: 0.0 if data.get("validation") else 0.01)
+    """Share of the training documents held out for evaluation where `validation` is empty, by default 0.01; 0: none,
+    and no evaluation."""
     max_seq_length: Annotated[int, Field(ge=8, lt=2**31)] = 128
     """Tokens in a sample, special tokens included. Documents are packed, so that samples are full."""
     num_proc: PositiveInt | None = None
@@ -209,8 +210,10 @@ class TrainingConfig(Section):
     """Shape of the learning-rate schedule, by transformers' name."""
     lr_scheduler_kwargs: dict[str, float] = {}
     """Further arguments of the schedule, by transformers' name, such as min_lr_rate, power or num_decay_steps."""
-    warmup_steps: NonNegativeFloat = 0.06
-    """Steps of linear warm-up; below 1: a share of all steps."""
+    warmup_steps: NonNegativeFloat = Field(
+        default_factory=lambda data: 0.0 if data.get("lr_scheduler_type") == "constant" else 0.06
+    )
+    """Steps of linear warm-up; below 1: a share of all steps. By default 0.06, and 0 for the schedule constant."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay (AdamW); not applied to biases and norms."""
     adam_beta1: Fraction = 0.9

@@ -19,11 +19,12 @@ from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
 from distlm.controller.cluster import Cluster, connect
+from distlm.controller.environment import versions
 from distlm.controller.first_failure import advice
 from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
 from distlm.controller.policy import Policy, StopAtFirstFailure
 from distlm.controller.progress import Progress
-from distlm.controller.provenance import git_commit, versions
+from distlm.controller.provenance import Provenance
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.stop import StopRequest
 from distlm.controller.trainer import Incarnation
@@ -52,6 +53,7 @@ _POLL_INTERVAL_S = 0.5
 _REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S = 60.0
+_PROVENANCE_TIMEOUT_S = 10.0
 
 
 class AttemptController:
@@ -78,6 +80,7 @@ class AttemptController:
     def execute(self, temporary_root: Path | None) -> Outcome:
         """From nothing to the outcome. Raises DistlmError for what is refused before anything is recorded."""
         self._stop_if_asked()
+        self._provenance = Provenance(self.run, self.folder, self.progress.say)
         address = os.environ.get("RAY_ADDRESS")
         with ExitStack() as ray_scope:
             if not address:
@@ -249,6 +252,7 @@ class AttemptController:
         while incarnation.is_alive():
             self._pass_on_stop(mailbox)
             self._check_tracker(recorder)
+            self._provenance.record(recorder)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
@@ -309,7 +313,7 @@ class AttemptController:
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
         """Hand params, tags and the data set to the tracker."""
-        config, attempt, commit = self.config, Attempt.read(self.folder), git_commit()
+        config, attempt = self.config, Attempt.read(self.folder)
         recorder.log_params(semantic_params(read_yaml(self.run.run_yaml)))
         recorder.set_tags(
             {
@@ -320,9 +324,7 @@ class AttemptController:
                 "distlm.zero_stage": str(config.deepspeed.zero_stage),
                 "distlm.overrides": " ".join([*attempt.overrides]),
                 "distlm.run_folder": str(self.run.path),
-                "distlm.git_commit": commit,
                 "mlflow.source.name": "distlm",
-                "mlflow.source.git.commit": commit,
                 "distlm.num_parameters": str(prepared.num_parameters),
                 **{f"distlm.version.{package}": version for package, version in versions().items()},
             }
@@ -343,6 +345,7 @@ class AttemptController:
                 )
         recorder.log_artifact(self.run.run_yaml)
         recorder.log_artifact(self.folder.attempt_yaml, f"attempts/{self.folder.number:03d}")
+        self._provenance.prepared(recorder)
 
     def _check_tracker(self, recorder: Recorder, wait_s: float = 0.0) -> None:
         """See whether the tracker takes this run, until it has answered. Raises InputError or AttestationError."""
@@ -359,6 +362,7 @@ class AttemptController:
 
     def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
+        self._provenance.record(recorder, _PROVENANCE_TIMEOUT_S)
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time

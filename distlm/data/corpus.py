@@ -66,6 +66,10 @@ class CorpusSource:
         self.settings = _settings(source) | facts
         self._local = local
         self._files = files_of(local)
+        self.size = {
+            "num_files": len(self._files),
+            "num_file_bytes": sum(status(file).st_size for file in self._files),
+        }
         self._is_fixed = identity is not None
         self.identity = identity or [self.settings, _states(self._files)]
         self._docstrings: list[Piece] | None = None

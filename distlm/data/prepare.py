@@ -94,8 +94,9 @@ class DataInfo:
     vocab_size: int
     max_seq_length: int
     sources: dict[str, list[dict[str, Any]]]
-    """For each source of each split: `name`, its settings, the `SourceCounts` of reading it, and the `Totals` of what
-    became of it, held-out documents included; `num_train_blocks` of a training source are without those."""
+    """For each source of each split: `name`, its settings, `num_files` and `num_file_bytes`, the `SourceCounts` of
+    reading it, and the `Totals` of what became of it, held-out documents included; `num_train_blocks` and
+    `content_sha256` of a training source are without those."""
     seconds: float
     """Time that reading, tokenizing and packing took."""
 
@@ -245,8 +246,12 @@ def _info(
     def told(number: int, source: CorpusSource) -> dict[str, Any]:
         totals = asdict(files.totals(source_number=number))
         counts = asdict(source.counts)  # wins where both count documents: it counts the empty ones, too
-        train_blocks = files.totals(source_number=number, target=train_target(number)).num_blocks
-        return {"name": source.name} | source.settings | totals | counts | {"num_train_blocks": train_blocks}
+        told = {"name": source.name} | source.settings | source.size | totals | counts
+        if number >= len(corpus.train):
+            return told | {"num_train_blocks": 0}
+        target = train_target(number)
+        train_blocks = files.totals(source_number=number, target=target).num_blocks
+        return told | {"num_train_blocks": train_blocks, "content_sha256": files.digests[target]}
 
     sources = [told(number, source) for number, source in enumerate(corpus.sources)]
     train_targets = [target for target in corpus.targets if target != VALIDATION]

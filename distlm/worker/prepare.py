@@ -14,6 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from distlm.config.reproduce import original_of
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, whole_folder, write_json
@@ -93,7 +94,8 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         kept = run.init / "tokenizer"
         if tokenizer_config.train and kept.exists():  # the cache may be gone, and training again may give another
             tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": str(kept), "train": None})
-    data = prepare_data(config.data, tokenizer_config, run.cache, report, _commits(before))
+    commits = _commits(before) if before is not None else _commits_to_reproduce(config, run)
+    data = prepare_data(config.data, tokenizer_config, run.cache, report, commits)
     tokenizer = load_tokenizer(str(data.tokenizer_path))
     model_config = _model_config(config, tokenizer)
     if config.task.whole_word_masking:
@@ -191,14 +193,32 @@ def _check_same_format(info: dict[str, Any]) -> None:
         raise InputError(Problem(message, "data"))
 
 
-def _commits(before: dict[str, Any] | None) -> dict[str, str]:
+def _commits(before: dict[str, Any]) -> dict[str, str]:
     """Config keys of the sources on the Hub, and the commits that the run has begun with and keeps."""
     return {
         f"data.{split}.{number}": source["commit"]
-        for split, sources in (before["data_info"]["sources"] if before else {}).items()
+        for split, sources in before["data_info"]["sources"].items()
         for number, source in enumerate(sources)
         if source.get("commit")
     }
+
+
+def _commits_to_reproduce(config: RunConfig, run: RunFolder) -> dict[str, str]:
+    """The commits of the run that this one is to equal, for those sources that are the same in both configs."""
+    original = original_of(run)
+    before = read_json(original.init / "prepared.json") if original else None
+    if before is None:
+        return {}
+
+    def is_same(key: str) -> bool:
+        _, split, number = key.split(".")
+        sources = getattr(config.data, split)
+        told = before["data_info"]["sources"][split][int(number)]
+        return int(number) < len(sources) and all(
+            told.get(name) == getattr(sources[int(number)], name, None) for name in ("source", "path", "revision")
+        )
+
+    return {key: commit for key, commit in _commits(before).items() if is_same(key)}
 
 
 def _mixture(config: RunConfig, info: DataInfo) -> list[dict[str, Any]]:

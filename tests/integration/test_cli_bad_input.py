@@ -214,7 +214,7 @@ def test_overrides_may_stand_after_options(place: Path, capsys: pytest.CaptureFi
             "unrecognized arguments: --seed=7; overrides have no dashes: key.sub=value",
         ),
         (["schema", "seed=7"], "unrecognized arguments: seed=7"),
-        (["submit"], "the following arguments are required: config\n"),
+        (["submit"], "the following arguments are required: CONFIG|run:RUN\n"),
         (["train"], "invalid choice: 'train'"),
     ],
 )
