@@ -203,8 +203,9 @@ class AttemptFolder:
         """Room for the file `name`, held in case that the storage gets full."""
         return self.path / f".{name}.reserve"
 
-    def clear_reserves(self) -> None:
-        for path in self.path.glob(".*.reserve"):
+    def clear_hidden(self) -> None:
+        """Remove what a killed controller held in reserve, or had half written."""
+        for path in (*self.path.glob(".*.reserve"), *self.path.glob(".*.tmp"), *self.run.path.glob(".*.tmp")):
             with suppress(OSError):
                 path.unlink()
 

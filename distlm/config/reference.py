@@ -190,6 +190,8 @@ def _unit(name: str) -> str:
 def _default(value: JsonSchema, is_required: bool) -> str:
     if is_required:
         return "required"
+    if "default" not in value:  # it depends on other keys
+        return "see meaning"
     return "" if isinstance(value["default"], dict) and _kinds(value) else _code(value["default"])
 
 

@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
-from distlm.errors import Cause, ExitCode, Problem
+from distlm.errors import Cause, CheckpointError, ExitCode, Problem
 from distlm.launchers.base import Request
 from distlm.outcome import Outcome, write_result
 from distlm.processes import STOP_SIGNALS, count_oom_kills, no_descendants_left
@@ -154,7 +155,9 @@ def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    attempt.clear_reserves()
+    attempt.clear_hidden()
+    with suppress(CheckpointError):
+        CheckpointStore(attempt.run.checkpoints).clean()
     write_result(attempt, outcome, started=None)
 
 

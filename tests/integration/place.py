@@ -169,7 +169,8 @@ class Place:
             lambda: set(shared_memory.iterdir()) <= self.shared_memory,
             END_TIMEOUT_S, f"the end of {set(shared_memory.iterdir()) - self.shared_memory}",
         )  # fmt: skip
-        assert not list(run.path.rglob(".*"))  # reserves, half-written files
+        hidden = list(run.path.rglob(".*"))  # reserves, half-written files
+        assert not hidden
 
 
 def write_corpus(path: Path) -> None:

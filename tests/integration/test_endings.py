@@ -177,7 +177,7 @@ class TestFullDisk:
             place.runs_dir = disk / "runs"
             yield place
         finally:
-            subprocess.run(["umount", str(disk)], check=True)
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
     def test_it(self, small_place: Place) -> None:
         place = small_place
