@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from distlm.config.load import all_keys, models_in, parse_scalar
 from distlm.config.reference import config_reference
@@ -48,7 +47,7 @@ def rows() -> Iterator[tuple[list[str], list[str]]]:
 def defaults(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, field in model.model_fields.items():
         sections = list(models_in(field.annotation))
-        default = "required" if field.default is PydanticUndefined else field.default
+        default = "required" if field.is_required() else "see meaning" if field.default_factory else field.default
         yield prefix + name, SECTION if isinstance(default, BaseModel) else default
         for section in sections:
             yield from defaults(section, f"{prefix}{name}.")
