@@ -46,6 +46,8 @@ class AttemptStatus:
     ended_s: float | None = None
     """None while it lasts; of a lost attempt, its last sign of life."""
     exit_code: int | None = None
+    cause: str | None = None
+    """Its class, in the words of distlm.errors.Cause."""
     message: str = ""
     """The first failure and what to do about it."""
     log: Path | None = None
@@ -198,6 +200,7 @@ def _attempt_status(reader: _Reader, folder: AttemptFolder, tree: dict[str, Any]
         started_s=_seconds(result.get("started_at")) or begun_s,
         ended_s=ended_s,
         exit_code=_whole(result.get("exit_code")),
+        cause=_text(result.get("cause")),
         message=_text(result.get("message")) or "",
         log=Path(log) if (log := _text(result.get("log"))) else folder.controller_log,
     )

@@ -12,7 +12,8 @@ metrics.jsonl. Times are UTC in ISO 8601.
         damaged                     what could not be read, in words; empty: nothing
 
     status: the same, but `attempts` is an array, oldest first, of
-            number, state, target, num_workers, zero_stage, started_at, ended_at, duration_s, exit_code, message, log
+            number, state, target, num_workers, zero_stage, started_at, ended_at, duration_s, exit_code, cause, message,
+            log
         and further
         task, model                 its type; where it comes from
         metrics                     {"train": {"step", "values"}, "eval": ...}; each null before its first point
@@ -31,7 +32,6 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from distlm.checkpoint.listing import list_checkpoints
@@ -45,6 +45,7 @@ from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder
 from distlm.run_status import AttemptStatus, RunStatus, run_status, runs_in, value_at
+from distlm.view.ending import command
 from distlm.view.state import format_duration
 from distlm.view.table import Column, table
 
@@ -128,6 +129,7 @@ def _attempt(attempt: AttemptStatus) -> dict[str, Any]:
         "ended_at": _iso(attempt.ended_s),
         "duration_s": attempt.duration_s,
         "exit_code": attempt.exit_code,
+        "cause": attempt.cause,
         "message": attempt.message,
         "log": str(attempt.log) if attempt.log else None,
     }
@@ -172,17 +174,15 @@ def _model(tree: Mapping[str, Any]) -> str | None:
 
 def _next(one: RunStatus, has_checkpoint: bool) -> list[str]:
     """Commands, the likeliest first."""
-    is_here = one.run.runs_dir == Path("runs").absolute()
-    name = one.run.run_id if is_here else os.path.relpath(one.run.path)
-    resume, ui, sync = (f"distlm {verb} {name}" for verb in ("resume", "ui", "sync"))
+    resume, ui, sync = (command(one.run, verb) for verb in ("resume", "ui", "sync"))
     records = "mlflow" in (value_at(one.tree, "tracking", "report_to") or [])
     match one.state:
         case "succeeded":
-            return [*([ui] if records else []), f"distlm export {name} DIR"]
+            return [*([ui] if records else []), command(one.run, "export", "DIR")]
         case "starting" | "running":
-            return [*([ui] if records and one.state == "running" else []), f"distlm status {name}"]
+            return [*([ui] if records and one.state == "running" else []), command(one.run, "status")]
         case "bad_input":
-            return [f"{resume} KEY=VALUE"]
+            return [command(one.run, "resume", "KEY=VALUE")]
         case "lost":  # MLflow may show it as running
             return [resume, *([sync] if records and one.metrics.step is not None else [])]
     return [resume, *([ui] if records and one.metrics.step is not None else [])]
@@ -234,7 +234,8 @@ def _page(details: dict[str, Any]) -> list[str]:
     lines += ["", *_table_of_attempts(details["attempts"])] if details["attempts"] else ["  no attempt was begun"]
     for attempt in details["attempts"]:
         if attempt["message"]:
-            lines += ["", f"attempt {attempt['number']}, {attempt['state']}:"]
+            why = f" ({attempt['cause']})" if attempt["cause"] else ""
+            lines += ["", f"attempt {attempt['number']}, {attempt['state']}{why}:"]
             lines += [f"  {printable(line)}" for line in attempt["message"].splitlines()]
     lines += ["", *(f"damaged: {printable(text)}" for text in details["damaged"])] if details["damaged"] else []
     return [*lines, "", *(f"next: {command}" for command in details["next"])]

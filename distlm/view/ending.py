@@ -31,9 +31,8 @@ def ending(run: RunFolder, result: Mapping[str, Any]) -> list[str]:
 
 def command(run: RunFolder, verb: str, *arguments: str) -> str:
     """The distlm command that does something to a run, as typed in the current folder."""
-    which = {"ui": (), "submit": (f"run:{run.run_id}",)}.get(verb, (run.run_id,))
-    place = () if run.runs_dir == Path("runs").absolute() else ("--runs-dir", os.path.relpath(run.runs_dir))
-    return shlex.join(("distlm", verb, *which, *arguments, *place))
+    name = run.run_id if run.runs_dir == Path("runs").absolute() else os.path.relpath(run.path)
+    return shlex.join(("distlm", verb, f"run:{name}" if verb == "submit" else name, *arguments))
 
 
 def _first_line(result: Mapping[str, Any]) -> str:

@@ -192,7 +192,7 @@ class TestFullDisk:
         assert (result["exit_code"], result["cause"]) == (ExitCode.INFRASTRUCTURE, "storage")
         first, *_, last = command.err.splitlines()
         assert ": storage: " in first and "No space left on device" in first and "make room" in first
-        assert f"resume with: distlm resume {command.run.run_id} --runs-dir " in last
+        assert last == f"distlm:   resume with: distlm resume {os.path.relpath(command.run.path, place.folder)}"
         filler.unlink()
         saved = CheckpointStore(command.run.checkpoints).checkpoints()[0].step
         sync = place.start("sync", command.run.run_id, "--runs-dir", str(place.runs_dir))

@@ -199,4 +199,4 @@ def test_a_run_elsewhere_is_resumed_with_its_folder_named(tmp_path: Path, monkey
     run = RunFolder.create(tmp_path / "my runs", "20260131-235959-3fa9c1")
     (first, second) = screen(run, Outcome(ExitCode.PREEMPTED, "stopped after step 9, which is saved (SIGTERM)"))
     assert first == "preempted: stopped after step 9, which is saved (SIGTERM)"
-    assert second == "resume with: distlm resume 20260131-235959-3fa9c1 --runs-dir 'my runs'"
+    assert second == "resume with: distlm resume 'my runs/20260131-235959-3fa9c1'"
