@@ -8,9 +8,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
+import re
+import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +23,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from place import CONFIG, END_TIMEOUT_S, GLOBAL_BATCH, MAX_SEQ_LENGTH, MICRO_BATCH, SEED, Command, Place, wait_until
+from place import (
+    CONFIG,
+    END_TIMEOUT_S,
+    GLOBAL_BATCH,
+    MAX_SEQ_LENGTH,
+    MICRO_BATCH,
+    SEED,
+    START_TIMEOUT_S,
+    Command,
+    Place,
+    wait_until,
+)
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.data.order import samples
@@ -207,6 +222,15 @@ class TestFullDisk:
         assert place.mlflow_run(command.run).info.status == "FINISHED"
 
 
+# The command, once the terminal is its controlling one.
+_IN_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from distlm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class TestStopping:
     def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(self, place: Place) -> None:
         command = start(place)
@@ -256,6 +280,28 @@ class TestStopping:
         require_ended(place, command, ExitCode.PREEMPTED, "KILLED", "preemption")
         step = CheckpointStore(command.run.checkpoints).checkpoints()[0].step
         assert f"preempted: stopped after step {step}, which is saved (SIGTERM)" in command.err
+
+    def test_a_terminal_that_hangs_up_saves_too(self, place: Place) -> None:
+        """As when a connection breaks: the kernel sends SIGHUP, and nothing can be printed any more."""
+        ours, terminal = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", _IN_TERMINAL, "submit", "run.yaml", *ENDLESS],
+            stdin=terminal, stdout=terminal, stderr=terminal, cwd=place.folder, start_new_session=True,
+            env=place.environ | {"TERM": "xterm", "CI": ""},
+        )  # fmt: skip
+        os.close(terminal)
+        screen = b""
+        while b" tokens/s" not in screen:
+            assert select.select([ours], [], [], START_TIMEOUT_S)[0], screen.decode()
+            screen += os.read(ours, 2**16)
+        found = re.search(rb"run (\S+) in ", screen)
+        assert found and b"\x1b[?25l" in screen, "the live view"
+        run = RunFolder(place.runs_dir / found[1].decode())
+        os.close(ours)
+        assert process.wait(END_TIMEOUT_S) == ExitCode.PREEMPTED
+        result = require_clean(place, run, ExitCode.PREEMPTED, "KILLED", "preemption")
+        step = CheckpointStore(run.checkpoints).checkpoints()[0].step
+        assert result["message"] == f"stopped after step {step}, which is saved (SIGHUP)"
 
     @pytest.mark.parametrize(
         ("moment", "number", "code"),
