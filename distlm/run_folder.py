@@ -191,6 +191,11 @@ class AttemptFolder:
         return self.path / "samples"
 
     @property
+    def ray_train(self) -> Path:
+        """For Ray's bookkeeping, which nothing reads."""
+        return self.path / "ray_train"
+
+    @property
     def run(self) -> RunFolder:
         return RunFolder(self.path.parent.parent)
 
@@ -203,8 +208,9 @@ class AttemptFolder:
         """Room for the file `name`, held in case that the storage gets full."""
         return self.path / f".{name}.reserve"
 
-    def clear_hidden(self) -> None:
-        """Remove what a killed controller held in reserve, or had half written."""
+    def clear_leftovers(self) -> None:
+        """Remove what a killed controller held in reserve, or had half written, and Ray's bookkeeping."""
+        shutil.rmtree(self.ray_train, ignore_errors=True)
         for path in (*self.path.glob(".*.reserve"), *self.path.glob(".*.tmp"), *self.run.path.glob(".*.tmp")):
             with suppress(OSError):
                 path.unlink()

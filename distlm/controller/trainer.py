@@ -33,7 +33,6 @@ class Incarnation:
         return self._thread.is_alive()
 
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
-        storage = attempt.path / "ray_train"  # for Ray's bookkeeping, which nothing reads
         try:
             import ray.train
             from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -50,14 +49,14 @@ class Incarnation:
                 # Retries are decided by our own loop.
                 run_config=ray.train.RunConfig(
                     name=f"incarnation-{arguments.incarnation}",
-                    storage_path=str(storage),
+                    storage_path=str(attempt.ray_train),
                     failure_config=ray.train.FailureConfig(max_failures=0),
                 ),
             ).fit()
         except BaseException as error:  # noqa: BLE001 - carried over to the controller's thread
             self._error = error
         finally:
-            shutil.rmtree(storage, ignore_errors=True)
+            shutil.rmtree(attempt.ray_train, ignore_errors=True)
 
     def outcome(self, failures: list[dict[str, Any]]) -> Outcome:
         """How it ended. `failures` are the messages of workers that could still tell what happened to them."""

@@ -155,7 +155,7 @@ def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    attempt.clear_hidden()
+    attempt.clear_leftovers()
     with suppress(CheckpointError):
         CheckpointStore(attempt.run.checkpoints).clean()
     write_result(attempt, outcome, started=None)
