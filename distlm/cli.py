@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG|run:RUN",
         help="YAML file; or run:RUN, for a new run equal to RUN: its id (or its beginning), folder, or 'last'",
     )
-    submit.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where RUN is (default: runs)")
+    submit.add_argument("--runs-dir", type=Path, help="where RUN is (default: runs)")
     submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
     submit.set_defaults(verb=_later("submit", "submit"))
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = "distlm-"
+_MARK = ".made-by-distlm"
+"""A file in ours: users have folders of such names, too."""
 _LONGEST_BASE = 24  # characters: the paths of Ray's sockets below it end at 107 bytes
 _NEW_S = 10.0
 """A folder of that age may not be locked yet."""
@@ -23,6 +25,7 @@ def temporary_root() -> Iterator[Path]:
     killed controllers have left, are removed. Raises OSError."""
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=temporary_base()))
     try:
+        (path / _MARK).touch()
         with _lock_folder(path):
             for stale in stale_temporary_roots():
                 shutil.rmtree(stale, ignore_errors=True)
@@ -42,7 +45,7 @@ def stale_temporary_roots() -> Iterator[Path]:
     for path in sorted(Path(temporary_base()).glob(f"{_PREFIX}*")):
         try:
             about = path.lstat()
-            is_ours = path.is_dir() and not path.is_symlink() and about.st_uid == os.getuid()
+            is_ours = not path.is_symlink() and about.st_uid == os.getuid() and (path / _MARK).is_file()
             if is_ours and time.time() - about.st_mtime > _NEW_S:
                 with _lock_folder(path):
                     yield path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,12 +19,13 @@ from distlm.config.load import load_config
 from distlm.config.reproduce import Reproduction, reproduce
 from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
-from distlm.console import say
-from distlm.errors import Cause, ExitCode
-from distlm.launchers.local import LocalLauncher, end_abandoned
+from distlm.console import exit_code_of, say
+from distlm.errors import Cause, ExitCode, InputError
+from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json
+from distlm.run_status import run_status
 from distlm.view import Event, View, make_event
 from distlm.view.choose import make_view
 from distlm.view.ending import command, ending
@@ -37,14 +39,17 @@ def submit(options: argparse.Namespace) -> int:
     launcher = LocalLauncher()
     equal = None
     if (name := str(options.config)).startswith(_RUN_PREFIX):
-        original = find_run(options.runs_dir, name.removeprefix(_RUN_PREFIX))
+        original = find_run(options.runs_dir or Path("runs"), name.removeprefix(_RUN_PREFIX))
         equal = reproduce(original, options.overrides, launcher.check)
+    elif options.runs_dir:
+        raise InputError(f"--runs-dir is for run:RUN; for the folder of a new run: runs_dir={options.runs_dir}")
     loaded = equal.loaded if equal else load_config(options.config, options.overrides, launcher.check)
     run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
     if options.dry_run:
         say(dump_yaml(resolved_tree(loaded.config, loaded.raw)), end="")
         say(f"# {launcher.build(loaded.config, run)}")
         return ExitCode.SUCCEEDED
+    require_packages()
     create_run(loaded, run)
     attempt = begin_attempt(loaded, run, options.overrides, reproduces=str(equal.original.path) if equal else "")
     return _begin(run, attempt, options, _what_is_otherwise(equal) if equal else ())
@@ -57,6 +62,9 @@ def resume(options: argparse.Namespace) -> int:
         say(f"run {run.run_id} has succeeded; nothing to do", file=sys.stderr if options.json else sys.stdout)
         return ExitCode.SUCCEEDED
     loaded, changes = changed_config(run, options.overrides, LocalLauncher().check)
+    require_packages()
+    if run_status(run).state == "starting":
+        raise InputError(f"run {run.run_id} is being started; wait a minute if it was killed")
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         if last is None and (attempts := run.attempts()):
             text = "the controller and the command that waited for it were killed"
@@ -95,7 +103,7 @@ def _begin(
             [sys.executable, "-m", __name__, str(run.path)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    follow = f"tail -f {os.path.relpath(attempt.output_log)}"
+    follow = shlex.join(("tail", "-f", os.path.relpath(attempt.output_log)))
     view.show(make_event("note", message=f"in the background; follow: {follow}; stop: kill {background.pid}"))
     view.close()
     return ExitCode.SUCCEEDED
@@ -136,9 +144,12 @@ def begin_event(config: RunConfig, run: RunFolder, attempt: AttemptFolder) -> Ev
 
 
 def main(arguments: list[str]) -> int:
-    run = RunFolder(Path(arguments[0]))
-    attempt = run.attempts()[-1]
-    return _wait(load_attempt(run, attempt).config, run, attempt, PlainView(sys.stdout))
+    def wait() -> int:
+        run = RunFolder(Path(arguments[0]))
+        attempt = run.attempts()[-1]
+        return _wait(load_attempt(run, attempt).config, run, attempt, PlainView(sys.stdout))
+
+    return exit_code_of(wait)
 
 
 if __name__ == "__main__":

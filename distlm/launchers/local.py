@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +24,7 @@ from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
-from distlm.errors import Cause, CheckpointError, ExitCode, Problem
+from distlm.errors import Cause, CheckpointError, ExitCode, InputError, Problem
 from distlm.launchers.base import Request
 from distlm.outcome import Outcome, write_result
 from distlm.processes import STOP_SIGNALS, count_oom_kills, no_descendants_left
@@ -89,6 +90,12 @@ class LocalLauncher:
         result = read_json(attempt.result_json)
         view.show(make_event("result", **result))
         return int(result["exit_code"])
+
+
+def require_packages() -> None:
+    """Raises InputError where this machine has the client alone."""
+    if missing := [name for name in ("ray", "psutil") if find_spec(name) is None]:
+        raise InputError(f"{', '.join(missing)} is not installed here; run: pip install 'distlm[train]'")
 
 
 def _show_events(connection: socket.socket, view: View) -> None:

@@ -180,6 +180,7 @@ def test_what_killed_runs_have_left(short_temporary: Path, tmp_path: Path) -> No
     killed, new = short_temporary / "distlm-killed", short_temporary / "distlm-new"
     for folder in (killed, new, short_temporary / "another"):
         folder.mkdir()
+    (killed / ".made-by-distlm").touch()
     with temporary_root() as used:
         assert used.parent == short_temporary
         for folder in (killed, used):

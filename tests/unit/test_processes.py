@@ -63,13 +63,15 @@ class TestTemporaryRoot:
 
     def test_what_killed_controllers_left_goes_and_what_is_in_use_or_young_stays(self, base: Path) -> None:
         old = time.time() - 3600
-        stale, young, others = base / "distlm-stale", base / "distlm-young", base / "pip-1"
-        for folder in (stale, young, others):
+        stale, young, users = base / "distlm-stale", base / "distlm-young", base / "distlm-main"
+        for folder in (stale, young, users):
             (folder / "ray").mkdir(parents=True)
+        for folder in (stale, young):
+            (folder / ".made-by-distlm").touch()
         os.utime(stale, (old, old))
-        os.utime(others, (old, old))
+        os.utime(users, (old, old))
         with temporary_root() as in_use:
             os.utime(in_use, (old, old))
             with temporary_root():
-                assert in_use.exists() and young.exists() and others.exists()
+                assert in_use.exists() and young.exists() and users.exists()
                 assert not stale.exists()
