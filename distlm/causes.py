@@ -20,6 +20,8 @@ _MEMORY_SIGNS = (
 )
 _STORAGE_SIGNS = ("no space left on device", "disk quota exceeded", "read-only file system", "input/output error")
 _HANG_SIGNS = ("timed out waiting", "watchdog caught collective operation timeout", "ran for longer than")
+_HANG_TYPES = ("NCCLHangError", "WorkerHealthCheckTimeoutError", "BroadcastCollectiveTimeoutError")
+"""Ray Train's."""
 
 # What a rank says when another one is gone: the consequence of a failure, not its cause.
 _CONSEQUENCES = (
@@ -47,7 +49,7 @@ def cause_of(error: BaseException) -> Cause:
         return Cause.OUT_OF_MEMORY
     if _has_errno(error, *_STORAGE_ERRORS) or any(sign in text for sign in _STORAGE_SIGNS):
         return Cause.STORAGE
-    if any(sign in text for sign in _HANG_SIGNS):
+    if type(error).__name__ in _HANG_TYPES or any(sign in text for sign in _HANG_SIGNS):
         return Cause.HANG
     if isinstance(error, UnicodeError):
         return Cause.USER_DATA

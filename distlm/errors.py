@@ -9,7 +9,7 @@
     |   `-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
     |       |-- UnknownFormatError        it is whole, and another version of distlm wrote it
     |       `-- UnreadableError           the storage does not give it; it may be whole
-    |-- Preempted               75    stopped from outside with its state saved: continue me
+    |-- Preempted               75    stopped from outside: continue me
     `-- Cancelled              130    the user asked to stop
 
 Exit code 0 means succeeded, and nothing else does. This module belongs to the control plane: standard library only.
@@ -144,7 +144,7 @@ class UnreadableError(CheckpointError):
 
 
 class Preempted(DistlmError):
-    """Stopped from outside in order: what was trained is saved, and `distlm resume` continues it."""
+    """Stopped from outside; `distlm resume` continues the last checkpoint."""
 
     exit_code = ExitCode.PREEMPTED
     cause = Cause.PREEMPTION

@@ -52,6 +52,13 @@ class Outcome:
         return self.exit_code.name.lower()
 
 
+def tracker_status(exit_code: int) -> str:
+    """What a tracker is told of the end of an attempt, in MLflow's words."""
+    if exit_code == ExitCode.SUCCEEDED:
+        return "FINISHED"
+    return "KILLED" if exit_code in (ExitCode.CANCELLED, ExitCode.PREEMPTED) else "FAILED"
+
+
 def write_result(
     folder: AttemptFolder, outcome: Outcome, started: float | None, problems: list[dict[str, str]] | None = None
 ) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import psutil
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to stop."""
+_LATELY_S = 30.0
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
@@ -50,10 +50,10 @@ def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
+    finally:
         for _ in range(3):  # what is killed may leave children of its own
             if left := [child for child in here.children() if child not in others]:
                 end_processes([*left, *(below for child in left for below in descendants(child))], timeout_s)
-    finally:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
@@ -81,10 +81,31 @@ def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> No
     psutil.wait_procs(alive, timeout=timeout_s)
 
 
-def count_oom_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory, in this process's control group where that can be
-    told, else on this machine; None: not known."""
-    for path in (*_memory_events(), Path("/proc/vmstat")):
+class OomKills:
+    """Tells whether the kernel has killed a process for want of memory lately: in this process's control group where
+    that can be told, else on this machine."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._samples: deque[tuple[float, int | None]] = deque()
+        self.sample()
+
+    def sample(self) -> None:
+        """To be called again and again; what is older than the samples of the last while is not lately."""
+        now_s = self._clock()
+        self._samples.append((now_s, count_oom_kills()))
+        while len(self._samples) > 2 and self._samples[1][0] < now_s - _LATELY_S:
+            self._samples.popleft()
+
+    def happened_lately(self) -> bool:
+        self.sample()
+        (_, before), (_, after) = self._samples[0], self._samples[-1]
+        return before is not None and after is not None and after > before
+
+
+def count_oom_kills(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many processes the kernel has killed for want of memory; None: not known."""
+    for path in (*_memory_events(proc, groups), proc / "vmstat"):
         try:
             lines = path.read_text().splitlines()
         except OSError:
@@ -94,15 +115,19 @@ def count_oom_kills() -> int | None:
     return None
 
 
-def _memory_events() -> Iterator[Path]:
+def _memory_events(proc: Path, groups: Path) -> Iterator[Path]:
     """Where the control group of this process tells it, for the versions 2 and 1 of control groups. In a container the
     group's own path may be unknown outside, and the mount point is the group."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
         _, controllers, group = line.split(":", 2)
         if not controllers:
-            base, name = Path("/sys/fs/cgroup"), "memory.events"
+            base, name = groups, "memory.events"
         elif "memory" in controllers.split(","):
-            base, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+            base, name = groups / "memory", "memory.oom_control"
         else:
             continue
         yield from (base / group.lstrip("/") / name, base / name)

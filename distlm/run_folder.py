@@ -26,7 +26,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ def run_created_s(run_id: str) -> float:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` with `text`, so that a reader sees the old file or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:  # names of files may hold anything
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -207,13 +207,6 @@ class AttemptFolder:
     def reserve(self, name: str) -> Path:
         """Room for the file `name`, held in case that the storage gets full."""
         return self.path / f".{name}.reserve"
-
-    def clear_leftovers(self) -> None:
-        """Remove what a killed controller held in reserve, or had half written, and Ray's bookkeeping."""
-        shutil.rmtree(self.ray_train, ignore_errors=True)
-        for path in (*self.path.glob(".*.reserve"), *self.path.glob(".*.tmp"), *self.run.path.glob(".*.tmp")):
-            with suppress(OSError):
-                path.unlink()
 
 
 @dataclass(frozen=True)

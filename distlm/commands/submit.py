@@ -26,8 +26,9 @@ from distlm.outcome import Outcome
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json
 from distlm.run_status import run_status
+from distlm.stop_count import signals_held
 from distlm.view import Event, View, make_event
-from distlm.view.choose import make_view
+from distlm.view.choose import check_view, make_view
 from distlm.view.ending import command, ending
 from distlm.view.plain import PlainView
 
@@ -49,7 +50,7 @@ def submit(options: argparse.Namespace) -> int:
         say(dump_yaml(resolved_tree(loaded.config, loaded.raw)), end="")
         say(f"# {launcher.build(loaded.config, run)}")
         return ExitCode.SUCCEEDED
-    require_packages()
+    _check_machine()
     create_run(loaded, run)
     attempt = begin_attempt(loaded, run, options.overrides, reproduces=str(equal.original.path) if equal else "")
     return _begin(run, attempt, options, _what_is_otherwise(equal) if equal else ())
@@ -57,20 +58,25 @@ def submit(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
-    last = _last_result(run)
-    if last and last["exit_code"] == ExitCode.SUCCEEDED and not options.overrides:
+    if _has_succeeded(run) and not options.overrides:
         say(f"run {run.run_id} has succeeded; nothing to do", file=sys.stderr if options.json else sys.stdout)
         return ExitCode.SUCCEEDED
     loaded, changes = changed_config(run, options.overrides, LocalLauncher().check)
-    require_packages()
+    _check_machine()
     if run_status(run).state == "starting":
         raise InputError(f"run {run.run_id} is being started; wait a minute if it was killed")
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
-        if last is None and (attempts := run.attempts()):
+        if (attempts := run.attempts()) and not attempts[-1].result_json.exists():
             text = "the controller and the command that waited for it were killed"
             end_abandoned(attempts[-1], Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE))
         attempt = begin_attempt(loaded, run, options.overrides, changes=changes)
     return _begin(run, attempt, options)
+
+
+def _check_machine() -> None:
+    """What would end the command when the attempt has been begun. Raises InputError."""
+    check_view()
+    require_packages()
 
 
 def _what_is_otherwise(equal: Reproduction) -> Iterator[Event]:
@@ -82,22 +88,24 @@ def _what_is_otherwise(equal: Reproduction) -> Iterator[Event]:
         yield make_event("warning", message=line)
 
 
-def _last_result(run: RunFolder) -> dict[str, object] | None:
+def _has_succeeded(run: RunFolder) -> bool:
     attempts = run.attempts()
-    result: dict[str, object] | None = read_json(attempts[-1].result_json) if attempts else None
-    return result
+    result = read_json(attempts[-1].result_json) if attempts else None
+    return result is not None and result["exit_code"] == ExitCode.SUCCEEDED
 
 
 def _begin(
     run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace, first_events: Iterable[Event] = ()
 ) -> int:
     """Run an attempt to its end here, or begin it in the background."""
-    view = PlainView(sys.stdout) if options.detach and not options.json else make_view(options.json)
     config = load_attempt(run, attempt).config
-    for event in (begin_event(config, run, attempt), *first_events):
-        view.show(event)
+    events = (begin_event(config, run, attempt), *first_events)
     if not options.detach:
-        return _wait(config, run, attempt, view, as_json=options.json)
+        with signals_held():
+            return _wait(config, run, attempt, make_view(options.json), events, as_json=options.json)
+    view = make_view(options.json) if options.json else PlainView(sys.stdout)
+    for event in events:
+        view.show(event)
     with open(attempt.output_log, "ab") as log:
         background = subprocess.Popen(
             [sys.executable, "-m", __name__, str(run.path)],
@@ -109,10 +117,19 @@ def _begin(
     return ExitCode.SUCCEEDED
 
 
-def _wait(config: RunConfig, run: RunFolder, attempt: AttemptFolder, view: View, as_json: bool = False) -> int:
+def _wait(
+    config: RunConfig,
+    run: RunFolder,
+    attempt: AttemptFolder,
+    view: View,
+    first_events: Iterable[Event] = (),
+    as_json: bool = False,
+) -> int:
     """The exit code of an attempt, when it has ended and the user knows how."""
     launcher = LocalLauncher()
     try:
+        for event in first_events:
+            view.show(event)
         code = launcher.submit(launcher.build(config, run), attempt, view)
     finally:
         view.close()

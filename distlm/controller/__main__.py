@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from distlm.causes import cause_of, exit_code_of_cause
 from distlm.config.attempt import Attempt
@@ -22,6 +23,7 @@ from distlm.config.load import locate
 from distlm.controller.progress import Progress
 from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_command
 from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
+from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, write_result
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, lease, read_json, write_json
 from distlm.temporary import temporary_root
@@ -42,11 +44,18 @@ def main(arguments: list[str]) -> int:
         return int(result["exit_code"])
     stop = StopRequest()
     stop_on_signals(stop)
+    started = time.time()
     with _view(folder, stop) as view:
-        started = time.time()
-        with _room_for_result(folder):
-            outcome, problems = _run(run, folder, Progress(view), stop)
-        write_result(folder, outcome, started, problems)
+        try:
+            with lease(run):
+                with _room_for_result(folder):
+                    outcome, problems = _run(run, folder, Progress(view), stop)
+                if not os.environ.get("RAY_ADDRESS"):  # else workers of the cluster may still be ending
+                    clear_leftovers(folder)
+                write_result(folder, outcome, started, problems)
+        except InputError as error:  # another controller has the run
+            outcome, problems = _refused(folder, error)
+            write_result(folder, outcome, started, problems)
     return int(outcome.exit_code)
 
 
@@ -55,19 +64,22 @@ def _run(
 ) -> tuple[Outcome, list[dict[str, str]]]:
     """The outcome of the attempt, whatever happens, and what is wrong with the user's input."""
     try:
-        with lease(run):
-            return _execute(run, folder, progress, stop), []
+        return _execute(run, folder, progress, stop), []
     except InputError as error:
-        traceback.print_exc()
-        problems = _located(folder, error.problems)
-        outcome = replace(Outcome.of(error), message="\n".join(map(str, problems)))
-        return outcome, [problem.to_json() for problem in problems]
+        return _refused(folder, error)
     except DistlmError as error:
         traceback.print_exc()
         return Outcome.of(error, traceback.format_exc()), []
     except Exception as error:  # noqa: BLE001 - a fault of ours or of a library: still an outcome, with its cause
         traceback.print_exc()
         return _unexpected(error), []
+
+
+def _refused(folder: AttemptFolder, error: InputError) -> tuple[Outcome, list[dict[str, str]]]:
+    traceback.print_exc()
+    problems = _located(folder, error.problems)
+    outcome = replace(Outcome.of(error), message="\n".join(map(str, problems)))
+    return outcome, [problem.to_json() for problem in problems]
 
 
 def _unexpected(error: Exception) -> Outcome:
@@ -131,14 +143,25 @@ def _view(folder: AttemptFolder, stop: StopRequest) -> Iterator[View]:
     with ExitStack() as scope:
         if (descriptor := os.environ.pop(COMMAND_FD, None)) is not None:
             os.set_inheritable(int(descriptor), False)
-            connection = scope.enter_context(socket.socket(fileno=int(descriptor)))
+            connection = socket.socket(fileno=int(descriptor))
             stop_with_command(stop, connection)
-            view: View = JsonView(scope.enter_context(connection.makefile("w", encoding="utf-8")))
+            stream = connection.makefile("w", encoding="utf-8", errors="backslashreplace")
+            scope.callback(_hang_up, connection, stream)
+            view: View = JsonView(stream)
         else:
             view = PlainView(scope.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")))
         redirect_output(folder.controller_log)
         background = scope.enter_context(closing(InBackground(view)))
         yield background
+
+
+def _hang_up(connection: socket.socket, stream: TextIO) -> None:
+    """Also on a command that reads no more, for which a thread waits in the middle of a line."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError, ValueError):
+        stream.close()
+    connection.close()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +40,7 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
-from distlm.outcome import Outcome
+from distlm.outcome import Outcome, tracker_status
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
 from distlm.tracking.records import Record
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 _POLL_INTERVAL_S = 0.5
 _REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
-_TRACKER_TIMEOUT_S = 60.0
+_TRACKER_TIMEOUT_S, _TRACKER_TIMEOUT_S_WHEN_STOPPED = 60.0, 5.0
 _PROVENANCE_TIMEOUT_S = 10.0
 
 
@@ -92,7 +94,7 @@ class AttemptController:
             if address:
                 self._begin_to_prepare(ClusterHelper())
             prepared = self._prepare()
-            checkpoint = checkpoint_to_continue(self.run, self.progress)
+            checkpoint = self._checkpoint_to_continue()
             self._refuse_fewer_steps(prepared, checkpoint)
             with Recorder(self.run, self.folder, self._tracker_factory()) as recorder:
                 outcome = self._train_and_export(recorder, cluster, prepared, checkpoint)
@@ -192,6 +194,21 @@ class AttemptController:
         if self.stop.is_asked:
             raise self.stop.error(f"stopped {self._when()}")
 
+    def _checkpoint_to_continue(self) -> Checkpoint | None:
+        """Every byte of it is read, which takes minutes for a large one."""
+        found: Future[Checkpoint | None] = Future()
+
+        def look() -> None:
+            try:
+                found.set_result(checkpoint_to_continue(self.run, self.progress))
+            except Exception as error:  # noqa: BLE001 - carried over to the controller's thread
+                found.set_exception(error)
+
+        threading.Thread(target=look, name="verify-checkpoint", daemon=True).start()
+        while not wait([found], _POLL_INTERVAL_S).done:
+            self._stop_if_asked()
+        return found.result()
+
     def _when(self) -> str:
         newest = CheckpointStore(self.run.checkpoints).checkpoints()[:1]
         return f"with step {newest[0].step} saved" if newest else "before the first step was saved"
@@ -218,7 +235,7 @@ class AttemptController:
             outcome = self._train_once(recorder, cluster, prepared, checkpoint, incarnation)
             if not self.policy.decide(outcome, incarnation).train_again:
                 return outcome
-            checkpoint = checkpoint_to_continue(self.run, self.progress)
+            checkpoint = self._checkpoint_to_continue()
             incarnation += 1
 
     def _train_once(
@@ -247,6 +264,7 @@ class AttemptController:
             checkpoint_step=step,
             mailbox=mailbox,
         )
+        self._stop_if_asked()
         incarnation = Incarnation(self.config, cluster, self.folder, arguments)
         self._is_training = self._has_passed_on_stop = False
         while incarnation.is_alive():
@@ -372,9 +390,9 @@ class AttemptController:
         def give_up() -> bool:
             return self.stop.num_requests > num_requests  # by one that came while we waited
 
-        timeout_s = _TRACKER_TIMEOUT_S / 6 if self.stop.is_asked else _TRACKER_TIMEOUT_S
+        timeout_s = _TRACKER_TIMEOUT_S_WHEN_STOPPED if self.stop.is_asked else _TRACKER_TIMEOUT_S
         try:
-            is_delivered = recorder.close(_mlflow_status(outcome.exit_code), timeout_s, give_up)
+            is_delivered = recorder.close(tracker_status(outcome.exit_code), timeout_s, give_up)
         except InfrastructureError as error:
             if outcome.exit_code == ExitCode.SUCCEEDED:
                 raise
@@ -438,12 +456,6 @@ def _copy_logs(source: Path, destination: Path) -> None:
         shutil.copytree(source, destination, ignore_dangling_symlinks=True)
     except OSError:
         shutil.rmtree(destination, ignore_errors=True)
-
-
-def _mlflow_status(exit_code: ExitCode) -> str:
-    if exit_code == ExitCode.SUCCEEDED:
-        return "FINISHED"
-    return "KILLED" if exit_code in (ExitCode.CANCELLED, ExitCode.PREEMPTED) else "FAILED"
 
 
 def _prepare_task(run_path: str, attempt_path: str) -> Prepared:

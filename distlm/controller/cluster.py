@@ -30,6 +30,8 @@ _RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A thread that is late, when Ray has been shut down, would start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 
@@ -47,11 +49,18 @@ class Cluster:
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Give back the handlers that `ray.init` replaces: its SIGTERM handler would end the controller at once."""
+    """Keep the handlers that `ray.init` replaces: its own for SIGTERM would end the controller at once."""
+    from ray._private import utils
+
+    set_sigterm_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_sigterm_handler
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distlm.causes import exit_code_of_cause, is_consequence
+from distlm.causes import cause_of, exit_code_of_cause, is_consequence
 from distlm.config.schema import RunConfig
 from distlm.errors import Cause, ExitCode
 from distlm.outcome import Follower, Outcome
+from distlm.worker.failure import failure_message
 
 Failure = Mapping[str, Any]
 """What a worker tells of its exception: see `distlm.worker.failure`."""
@@ -27,8 +29,13 @@ def first_failure(
     """The cause of a failed incarnation: the earliest failure that is not the consequence of another one.
 
     `error` is Ray Train's, which knows the exception of each rank, or what broke Ray Train itself. `kernel_killed`: the
-    kernel has killed a process of this host for want of memory in the meantime.
+    kernel has lately killed a process of this host for want of memory.
     """
+    of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
+    told_by = {failure["rank"] for failure in failures}
+    # Some could tell Ray only; of those that are gone Ray has an error of its own.
+    late = [failure_message(e, rank, 0) for rank, e in of_ranks.items() if rank not in told_by and not _is_ray(e)]
+    failures = [*failures, *(message | {"host": ""} for message in late)]
     outcome = _first_failure(failures, error, kernel_killed)
     if outcome.rank is None:
         return outcome
@@ -45,12 +52,17 @@ def _first_failure(failures: Sequence[Failure], error: BaseException, kernel_kil
         return _told(first)
     told = {failure["rank"] for failure in failures}
     if silent := sorted(rank for rank in of_ranks if rank not in told):
-        return _silent(silent[0], str(of_ranks[silent[0]]), kernel_killed)
+        return _silent(silent[0], of_ranks[silent[0]], kernel_killed)
     if failures:
         return _unexplained(failures)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     message = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return Outcome(ExitCode.INFRASTRUCTURE, message, details=str(error), cause=Cause.INFRASTRUCTURE)
+    cause = Cause.HANG if cause_of(error) == Cause.HANG else Cause.INFRASTRUCTURE
+    return Outcome(ExitCode.INFRASTRUCTURE, message, details=str(error), cause=cause)
+
+
+def _is_ray(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
 
 
 def _told(first: Failure) -> Outcome:
@@ -67,15 +79,20 @@ def _told(first: Failure) -> Outcome:
     )
 
 
-def _silent(rank: int, details: str, kernel_killed: bool) -> Outcome:
+def _silent(rank: int, error: Exception, kernel_killed: bool) -> Outcome:
     """A worker is gone without a word."""
-    if kernel_killed or _RAY_KILLED_IT in details:
+    details = str(error)
+    found = re.search(r"hostname='([^']*)'", details)
+    host = found[1] if found else ""
+    kernel_killed &= host in ("", socket.gethostname())
+    if cause_of(error) == Cause.HANG:
+        cause, text = Cause.HANG, "the worker process does not answer"
+    elif kernel_killed or _RAY_KILLED_IT in details:
         killer = "the kernel" if kernel_killed else "Ray"
         cause, text = Cause.OUT_OF_MEMORY, f"the worker process was killed by {killer} because memory ran out"
     else:
         cause, text = Cause.NODE_LOST, "the worker process died without an error of its own (killed or crashed)"
-    host = re.search(r"hostname='([^']*)'", details)
-    return Outcome(exit_code_of_cause(cause), text, rank, host[1] if host else "", details, cause)
+    return Outcome(exit_code_of_cause(cause), text, rank, host, details, cause)
 
 
 def _unexplained(failures: Sequence[Failure]) -> Outcome:

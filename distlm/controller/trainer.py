@@ -11,7 +11,7 @@ from distlm.controller.cluster import Cluster
 from distlm.controller.first_failure import first_failure
 from distlm.errors import ExitCode
 from distlm.outcome import Outcome
-from distlm.processes import count_oom_kills
+from distlm.processes import OomKills
 from distlm.run_folder import AttemptFolder
 from distlm.worker.entry import WorkerArguments, run_worker
 
@@ -23,13 +23,14 @@ class Incarnation:
     def __init__(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
         self._number, self._num_workers = arguments.incarnation, config.resources.num_workers
         self._error: BaseException | None = None
-        self._oom_kills = count_oom_kills()
+        self._oom_kills = OomKills()
         self._thread = threading.Thread(
             target=self._fit, args=(config, cluster, attempt, arguments), name="ray-train-fit", daemon=True
         )
         self._thread.start()
 
     def is_alive(self) -> bool:
+        self._oom_kills.sample()
         return self._thread.is_alive()
 
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
@@ -62,9 +63,8 @@ class Incarnation:
         """How it ended. `failures` are the messages of workers that could still tell what happened to them."""
         if self._error is None:
             return Outcome(ExitCode.SUCCEEDED)
-        kernel_killed = self._oom_kills is not None and (count_oom_kills() or 0) > self._oom_kills
         failures = [failure for failure in failures if failure["incarnation"] == self._number]
-        return first_failure(failures, self._error, self._num_workers, kernel_killed)
+        return first_failure(failures, self._error, self._num_workers, self._oom_kills.happened_lately())
 
 
 def _backend_config(device: str) -> Any:

@@ -14,21 +14,23 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
-from distlm.checkpoint.store import CheckpointStore
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
-from distlm.errors import Cause, CheckpointError, ExitCode, InputError, Problem
+from distlm.errors import Cause, ExitCode, InputError, Problem
 from distlm.launchers.base import Request
+from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, write_result
-from distlm.processes import STOP_SIGNALS, count_oom_kills, no_descendants_left
+from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
+from distlm.stop_count import STOP_SIGNALS, StopCount
 from distlm.view import View, decode_event, make_event
 
 _WORKER_GIB = 0.5
@@ -69,24 +71,23 @@ class LocalLauncher:
 
     def submit(self, request: Request, attempt: AttemptFolder, view: View) -> int:
         ours, theirs = socket.socketpair()
-        # A signal that comes before both sides have their handlers waits; the controller lets it in when it is ready.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        oom_kills = count_oom_kills()
-        with no_descendants_left(), ours:
-            controller = subprocess.Popen(
-                request.command,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, COMMAND_FD: str(theirs.fileno())},
-            )
-            theirs.close()
-            with _forwarded_signals(controller, view) as received:
+        oom_kills = OomKills()
+        with _Signals(view) as signals:
+            with no_descendants_left(), ours:
+                signals.controller = subprocess.Popen(
+                    request.command,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(theirs.fileno(),),
+                    env={**os.environ, COMMAND_FD: str(theirs.fileno())},
+                )
+                theirs.close()
+                signals.let_in()
                 _show_events(ours, view)
-                code = controller.wait()
-        if read_json(attempt.result_json) is None:
-            end_abandoned(attempt, _how_it_ended(code, received, count_oom_kills() != oom_kills))
-            _tell_mlflow(attempt)
+                code = signals.controller.wait()
+            if read_json(attempt.result_json) is None:
+                end_abandoned(attempt, _how_it_ended(code, signals.count.value, oom_kills.happened_lately()))
+                _tell_mlflow(attempt)
         result = read_json(attempt.result_json)
         view.show(make_event("result", **result))
         return int(result["exit_code"])
@@ -124,31 +125,45 @@ def _check_runs_dir(runs_dir: Path) -> Iterator[Problem]:
         yield Problem(f"nothing can be written to the folder {nearest}", "runs_dir")
 
 
-@contextmanager
-def _forwarded_signals(controller: subprocess.Popen[bytes], view: View) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the controller to finish the step and save, the second to stop now; the third
-    kills it. Yields the signals that came."""
-    received: list[int] = []
+class _Signals:
+    """Passes what asks to stop on to the controller; the third request kills it. While it is in force, no signal ends
+    this process, which has to clean up after the controller."""
 
-    def forward(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        controller.send_signal(number if len(received) < 3 else signal.SIGKILL)
-        view.stop_requested(len(received))
+    def __init__(self, view: View) -> None:
+        self.count = StopCount()
+        self.controller: subprocess.Popen[bytes] | None = None
+        self._view = view
+        self._previous: dict[int, Any] = {}
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS if number not in ignored}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Self:
+        # A signal that comes before the controller has its handlers waits there; it lets it in when it is ready.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def let_in(self) -> None:
+        """The controller is there: what has come meanwhile is passed on."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self.let_in()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        counts = self.count.add(number)
+        if self.controller is not None and self.controller.returncode is None:
+            self.controller.send_signal(number if self.count.value < 3 else signal.SIGKILL)
+        if counts:
+            self._view.stop_requested(self.count.value)
 
 
-def _how_it_ended(code: int, received: list[int], kernel_killed: bool) -> Outcome:
+def _how_it_ended(code: int, num_requests: int, kernel_killed: bool) -> Outcome:
     """Of a controller that could not say it itself."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if len(received) > 2:
+    if num_requests > 2:
         return Outcome(ExitCode.CANCELLED, "the controller was killed on request", cause=Cause.CANCELLATION)
     if code < 0 and kernel_killed:
         text = "the controller was killed by the kernel because memory ran out"
@@ -162,9 +177,7 @@ def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
     handle = read_json(attempt.handle_json)
     if handle and handle["temporary_root"]:
         shutil.rmtree(handle["temporary_root"], ignore_errors=True)
-    attempt.clear_leftovers()
-    with suppress(CheckpointError):
-        CheckpointStore(attempt.run.checkpoints).clean()
+    clear_leftovers(attempt)
     write_result(attempt, outcome, started=None)
 
 

@@ -48,15 +48,20 @@ def upload_once(
         text=True,
     )
     deadline_s = time.monotonic() + _TIMEOUT_S
-    while True:
-        try:
-            out, err = child.communicate(timeout=_POLL_INTERVAL_S)
-            break
-        except subprocess.TimeoutExpired:
-            if give_up() or time.monotonic() > deadline_s:
-                child.kill()
-                child.communicate()
-                return "the upload was stopped" if give_up() else f"the upload took more than {_TIMEOUT_S:.0f} s"
+    try:
+        while True:
+            try:
+                out, err = child.communicate(timeout=_POLL_INTERVAL_S)
+                break
+            except subprocess.TimeoutExpired:
+                if give_up():
+                    return "the upload was stopped"
+                if time.monotonic() > deadline_s:
+                    return f"the upload took more than {_TIMEOUT_S:.0f} s"
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
     print(redact_uri(out + err), flush=True)  # the controller's log
     lines = (out if child.returncode == 0 else err).strip().splitlines()
     if child.returncode != 0:

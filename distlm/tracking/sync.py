@@ -9,9 +9,10 @@ from distlm.config.attempt import load_attempt
 from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import ExitCode, InfrastructureError, InputError
-from distlm.metrics_file import cut_torn_line, encode_line, read_lines
+from distlm.metrics_file import cut_torn_line, encode_line, read_backwards
+from distlm.outcome import tracker_status
 from distlm.redact import redact_uri
-from distlm.run_folder import AttemptFolder, RunFolder, lease, read_json
+from distlm.run_folder import RunFolder, lease, read_json
 from distlm.tracking import Tracker
 from distlm.tracking.delivery import sync
 from distlm.tracking.mlflow import MlflowTracker
@@ -38,7 +39,7 @@ def sync_run(run: RunFolder, *, with_model: bool = True) -> str:
     if "mlflow" not in config.tracking.report_to:
         raise InputError("tracking.report_to of this run does not name mlflow, so there is nothing to send")
     with lease(run):
-        _close_abandoned(attempts[-1])
+        _close_abandoned(run)
         tracker = connect_mlflow(config, run)
         num_points = _sync(run, tracker)
         if with_model and run.model.is_dir() and config.tracking.log_model:
@@ -48,14 +49,18 @@ def sync_run(run: RunFolder, *, with_model: bool = True) -> str:
     return f"{num_points} points sent to {redact_uri(tracker.tracking_uri)}"
 
 
-def _close_abandoned(attempt: AttemptFolder) -> None:
+def _close_abandoned(run: RunFolder) -> None:
     """Record the end of an attempt whose controller was killed: it holds the lease no more, and said RUNNING last."""
-    messages = [message for _, message in read_lines(attempt.metrics_jsonl) if message["kind"] == "status"]
-    if messages and messages[-1]["status"] == "RUNNING":
-        cut_torn_line(attempt.metrics_jsonl)
-        result = read_json(attempt.result_json) or {}
-        status = "KILLED" if result.get("exit_code") == ExitCode.CANCELLED else "FAILED"
-        with open(attempt.metrics_jsonl, "ab") as file:
+    recorded = [attempt for attempt in run.attempts() if attempt.metrics_jsonl.exists()]
+    if not recorded:
+        raise InputError(f"no attempt of run {run.run_id} has recorded anything yet, so there is nothing to send")
+    path = recorded[-1].metrics_jsonl
+    said = (message for message in read_backwards(path, b'"status"') if message["kind"] == "status")
+    if (last := next(said, None)) and last["status"] == "RUNNING":
+        result = read_json(recorded[-1].result_json) or {}
+        status = tracker_status(result.get("exit_code", ExitCode.INFRASTRUCTURE))
+        cut_torn_line(path)
+        with open(path, "ab") as file:
             file.write(encode_line({"kind": "status", "status": status, "timestamp_ms": now_ms()}))
 
 

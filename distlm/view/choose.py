@@ -27,14 +27,20 @@ def make_view(as_json: bool) -> View:
         stream.reconfigure(encoding="utf-8" if as_json else None, errors="replace")
     if as_json:
         return JsonView(stream)
-    wanted = os.environ.get(VIEW_VARIABLE, "")
-    if wanted not in ("", "plain", "live"):
-        raise InputError(Problem("allowed are plain and live; unset it to let distlm choose", VIEW_VARIABLE, wanted))
+    wanted = check_view()
     if wanted == "live" or (not wanted and _suits_live(stream)):
         from distlm.view.live import LiveView  # rich takes 0.1 s to import
 
         return LiveView(stream)
     return PlainView(stream)
+
+
+def check_view() -> str:
+    """Which view DISTLM_VIEW asks for; empty: none. Raises InputError."""
+    wanted = os.environ.get(VIEW_VARIABLE, "")
+    if wanted not in ("", "plain", "live"):
+        raise InputError(Problem("allowed are plain and live; unset it to let distlm choose", VIEW_VARIABLE, wanted))
+    return wanted
 
 
 def _suits_live(stream: TextIO) -> bool:

@@ -79,7 +79,7 @@ class LiveView:
                 is_last = self._closing.wait(_REFRESH_INTERVAL_S)
                 if self._stop_count > stop_count:
                     stop_count = self._stop_count
-                    self.state.stopping = stop_message(stop_count)
+                    self.state.stopping = stop_message(stop_count, self.state.is_training)
                 log = self._log()
                 size = self._terminal.size()
                 draw = summary if is_last else panel

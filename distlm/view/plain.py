@@ -29,7 +29,7 @@ class PlainView:
             _write(self._stream, f"{line}\n")
 
     def stop_requested(self, count: int) -> None:
-        self.state.stopping = stop_message(count)
+        self.state.stopping = stop_message(count, self.state.is_training)
         with suppress(OSError, ValueError):
             os.write(self._stream.fileno(), f"{self.state.stopping}\n".encode())
 

@@ -235,8 +235,10 @@ def time_left(state: AttemptState) -> str:
     return f"ETA {'-' if left is None else format_duration(left)}"
 
 
-def stop_message(count: int) -> str:
+def stop_message(count: int, is_training: bool) -> str:
     """What the user is told at once who asks to stop for the `count`th time."""
+    if count == 1 and not is_training:
+        return "stopping"
     if count == 1:
         return "stopping: the step under way is finished and saved; Ctrl-C again stops now"
     return "stopping now" if count == 2 else "killing"

@@ -46,21 +46,21 @@ def run_worker(arguments: dict[str, Any]) -> None:
     told = WorkerArguments(**arguments)
     place = ray.train.get_context()
     rank = place.get_world_rank()
-    redirect_output(AttemptFolder(Path(told.attempt_path)).worker_log(rank))
 
     def tell_phase_ended(phase: Phase, step: int) -> None:
         if rank == 0:
             told.mailbox.push.remote(phase_ended(phase, told.incarnation, step=step))
 
-    tell_phase_ended("place", told.checkpoint_step)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(place.get_world_size()),
-        LOCAL_RANK=str(place.get_local_rank()),
-        LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
-    )
-    prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
     try:
+        redirect_output(AttemptFolder(Path(told.attempt_path)).worker_log(rank))
+        tell_phase_ended("place", told.checkpoint_step)
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(place.get_world_size()),
+            LOCAL_RANK=str(place.get_local_rank()),
+            LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
+        )
+        prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
         _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
         traceback.print_exc()

@@ -34,6 +34,8 @@ class StopFlag:
                 if ray.get(self._mailbox.is_stop_wanted.remote()):
                     self._wanted.set()
                     return
+            except ray.exceptions.ActorUnavailableError:  # for the moment
+                continue
             except ray.exceptions.RayError:  # the controller has gone; Ray ends the workers
                 return
 

@@ -109,7 +109,7 @@ def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
         with worker.timer.paused():
             if worker.profiler.is_done:
                 worker.write_step_map()
-            if is_due(step, config.eval_steps, last_step):
+            if is_due(step, config.eval_steps, last_step) and not (stops and step < last_step):
                 worker.evaluate(step)
             if is_due(step, config.save_steps, last_step) or stops:
                 worker.save(step)

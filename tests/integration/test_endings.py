@@ -305,7 +305,11 @@ class TestStopping:
 
     @pytest.mark.parametrize(
         ("moment", "number", "code"),
-        [("run ", signal.SIGINT, ExitCode.CANCELLED), ("preparing data", signal.SIGTERM, ExitCode.PREEMPTED)],
+        [
+            ("run ", signal.SIGINT, ExitCode.CANCELLED),
+            ("starting Ray", signal.SIGTERM, ExitCode.PREEMPTED),
+            ("preparing data", signal.SIGTERM, ExitCode.PREEMPTED),
+        ],
     )
     def test_a_signal_while_starting(self, place: Place, moment: str, number: signal.Signals, code: ExitCode) -> None:
         command = place.start("submit", "run.yaml")
@@ -315,6 +319,17 @@ class TestStopping:
         place.require_nothing_left(command.run)
         assert "stopped before the first step was saved" in command.err
         assert "starting 2 workers" not in command.out and not place.mlflow_runs(command.run)
+
+    def test_ctrl_c_while_the_model_is_written(self, place: Place) -> None:
+        command = place.start("submit", "run.yaml", "training.max_steps=10")
+        command.wait_for("writing the model")
+        command.process.send_signal(signal.SIGINT)
+        require_ended(place, command, ExitCode.CANCELLED, "KILLED", "cancellation")
+        assert "cancelled: stopped with step 10 saved (Ctrl-C)" in command.err
+        assert not command.run.model.exists()
+        resumed = place.start("resume", command.run.run_id)
+        assert resumed.wait() == ExitCode.SUCCEEDED, (resumed.out, resumed.err)
+        assert (command.run.model / "config.json").is_file() and steps_reported(command.run) == [1, 5, 10]
 
     def test_in_the_background(self, place: Place) -> None:
         command = place.start("submit", "run.yaml", *ENDLESS, "--detach")
@@ -331,8 +346,13 @@ class TestStopping:
 class TestKilled:
     """By SIGKILL, of which the killed one knows nothing."""
 
-    def test_the_command(self, place: Place) -> None:
+    @pytest.mark.parametrize("is_suspended", [False, True])
+    def test_the_command(self, place: Place, is_suspended: bool) -> None:
         command = start(place)
+        if is_suspended:  # by Ctrl-Z: it has not read all that it was told
+            command.process.send_signal(signal.SIGSTOP)
+            told = len(steps_reported(command.run))
+            wait_until(lambda: len(steps_reported(command.run)) > told + 2, 60, "more steps")
         command.process.kill()
         command.process.wait()
         wait_until(lambda: not place.processes(), END_TIMEOUT_S, "the end of the controller")
@@ -345,6 +365,15 @@ class TestKilled:
         command.controller.kill()
         require_ended(place, command, ExitCode.INFRASTRUCTURE, "FAILED", "infrastructure")
         assert "the controller ended without a result (killed by SIGKILL)" in command.err
+
+    def test_the_controller_while_it_prepares(self, place: Place) -> None:
+        """Before anything is recorded: no MLflow run is made only to be ended."""
+        command = place.start("submit", "run.yaml")
+        command.wait_for("preparing data")
+        command.controller.kill()
+        assert command.wait(END_TIMEOUT_S) == ExitCode.INFRASTRUCTURE, (command.out, command.err)
+        place.require_nothing_left(command.run)
+        assert not place.mlflow_runs(command.run)
 
     def test_both(self, place: Place) -> None:
         """Nobody is left to say it; the next who looks does."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from distlm.controller.attempt import AttemptController, checkpoint_to_continue
 from distlm.controller.policy import StopAtFirstFailure
 from distlm.controller.preflight import check_free_space
 from distlm.controller.progress import Progress
-from distlm.controller.stop import StopRequest
+from distlm.controller.stop import StopRequest, stop_with_command
 from distlm.errors import Cancelled, Cause, CheckpointError, ExitCode, InputError, Preempted, UnknownFormatError
+from distlm.leftovers import clear_leftovers
 from distlm.outcome import Follower, Outcome, write_result
 from distlm.run_folder import (
     AttemptFolder,
@@ -34,6 +37,7 @@ from distlm.run_folder import (
     run_created_s,
     write_json,
 )
+from distlm.stop_count import StopCount
 from distlm.view.plain import PlainView
 
 
@@ -174,26 +178,76 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("signals", "expected"),
+    ("signals", "expected", "count"),
     [
-        ([signal.SIGINT], Cancelled),
-        ([signal.SIGTERM], Preempted),
-        ([signal.SIGHUP], Preempted),
-        ([None], Preempted),  # the command has died
-        ([signal.SIGTERM, signal.SIGTERM], Cancelled),  # nothing was saved
-        ([signal.SIGINT, signal.SIGTERM], Cancelled),
+        ([(0, signal.SIGINT)], Cancelled, 1),
+        ([(0, signal.SIGTERM)], Preempted, 1),
+        ([(0, signal.SIGHUP)], Preempted, 1),
+        ([(0, signal.SIGINT), (0.2, signal.SIGINT)], Cancelled, 2),
+        ([(0, signal.SIGTERM), (5, signal.SIGTERM)], Preempted, 2),
+        ([(0, signal.SIGTERM), (5, signal.SIGINT)], Preempted, 2),
+        # One event each: a shell and then the kernel hang up; a service is stopped; a user presses Ctrl-C and leaves.
+        ([(0, signal.SIGHUP), (0.0002, signal.SIGHUP)], Preempted, 1),
+        ([(0, signal.SIGTERM), (0.01, signal.SIGHUP)], Preempted, 1),
+        ([(0, signal.SIGHUP), (0.01, signal.SIGTERM)], Preempted, 1),
+        ([(0, signal.SIGINT), (9, signal.SIGHUP), (9, signal.SIGHUP)], Cancelled, 1),
+        ([(0, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGTERM)], Cancelled, 3),
     ],
 )
-def test_the_first_request_decides_how_the_attempt_ends_and_the_second_ends_it_now(
-    signals: list[int | None], expected: type[Exception]
+def test_the_first_request_decides_how_the_attempt_ends_and_another_one_ends_it_now(
+    signals: list[tuple[float, int]], expected: type[Exception], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now_s = 100.0
     stop = StopRequest()
+    stop._count = StopCount(lambda: 100 + now_s)
     assert not stop.is_asked and not stop.is_urgent
-    for number in signals:
-        stop.ask("because", number)
-    assert stop.is_asked and stop.is_urgent == (len(signals) > 1)
+    for now_s, number in signals:  # noqa: B007 - the clock reads it
+        stop.signalled(number)
+    assert (stop.num_requests, stop.is_urgent) == (count, count > 1)
     error = stop.error("stopped after step 7")
-    assert type(error) is expected and str(error) == "stopped after step 7 (because)"
+    assert type(error) is expected and str(error).startswith("stopped after step 7 (")
+
+
+@pytest.mark.parametrize("unread", [b"", b"the command had not read this"])
+def test_the_death_of_the_command_is_noticed_and_saves_once(unread: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel resets a connection on which something was left to read."""
+    monkeypatch.setattr("distlm.controller.stop._TIME_TO_SAVE_S", 0.3)
+    ours, theirs = socket.socketpair()
+    stop = StopRequest()
+    stop_with_command(stop, theirs)
+    theirs.sendall(unread)
+    assert not stop.is_asked
+    ours.close()
+    wait_until(lambda: stop.is_asked)
+    assert type(stop.error("x")) is Preempted
+    wait_until(lambda: stop.is_urgent)
+    assert type(stop.error("x")) is Preempted
+    theirs.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_what_was_half_done_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    run = run_with_checkpoints(tmp_path, 10)
+    (attempt,) = run.attempts()
+    kept = [run.run_yaml, attempt.result_json, run.init / "prepared.json", run.model / "model.safetensors"]
+    half_done = [
+        attempt.reserve("result.json"), attempt.path / ".handle.json.7.tmp", run.path / ".model.1f.tmp" / "shard",
+        run.init / ".model.2e.tmp" / "shard", attempt.ray_train / "incarnation-1" / ".marker",
+        run.checkpoints / ".step-00000020.tmp-1" / "shard",
+    ]  # fmt: skip
+    for path in (*kept, *half_done):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    clear_leftovers(attempt)
+    assert all(path.exists() for path in kept)
+    assert not list(run.path.rglob(".*")) and not attempt.ray_train.exists()
+    assert [one.step for one in CheckpointStore(run.checkpoints).checkpoints()] == [10]
 
 
 # --- what the workers report ------------------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ class WorkerGroupError(Exception):
         self.worker_failures = worker_failures
 
 
+def gone(text: str) -> Exception:
+    """Stands in for what Ray Train says of a worker that has died."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    return WorkerHealthCheckFailedError(text, RuntimeError("The actor died"))
+
+
 def failure(rank: int, message: str, timestamp_ms: int, **fields: Any) -> dict[str, Any]:
     return {
         "kind": "failure", "rank": rank, "host": f"node{rank}", "incarnation": 1, "timestamp_ms": timestamp_ms,
@@ -74,7 +81,7 @@ def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
     ray_says = (
         "A worker health check failed. hostname='node1', The actor died (1) killed by the OOM killer due to high memory"
     )
-    died = WorkerGroupError({0: RuntimeError("gloo"), 1: RuntimeError(ray_says)})
+    died = WorkerGroupError({0: RuntimeError("gloo"), 1: gone(ray_says)})
     outcome = first_failure(followers, died, 2)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (1, ExitCode.INFRASTRUCTURE, Cause.NODE_LOST)
     assert outcome.message.startswith("the worker process died") and outcome.host == "node1"
@@ -86,9 +93,29 @@ def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
     [("The actor died", True, "the kernel"), ("killed due to the node running low on memory.", False, "Ray")],
 )
 def test_a_worker_that_is_killed_for_want_of_memory(reason: str, kernel_killed: bool, killer: str) -> None:
-    outcome = first_failure([], WorkerGroupError({1: RuntimeError(reason)}), 2, kernel_killed)
+    outcome = first_failure([], WorkerGroupError({1: gone(reason)}), 2, kernel_killed)
     assert (outcome.rank, outcome.exit_code, outcome.cause) == (1, ExitCode.FAILED, Cause.OUT_OF_MEMORY)
     assert outcome.message == f"the worker process was killed by {killer} because memory ran out"
+
+
+def test_a_worker_that_could_tell_ray_alone_is_not_called_dead() -> None:
+    """Its disk is full, and so it has no log; the mailbox is away."""
+    error = WorkerGroupError({0: OSError(errno.ENOSPC, "No space left on device")})
+    outcome = first_failure([], error, 2)
+    assert (outcome.rank, outcome.cause, outcome.exit_code) == (0, Cause.STORAGE, ExitCode.INFRASTRUCTURE)
+    assert outcome.message == "OSError: [Errno 28] No space left on device"
+
+
+def test_a_worker_that_ray_train_waits_for_in_vain_hangs() -> None:
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    outcome = first_failure([], WorkerGroupError({1: WorkerHealthCheckTimeoutError("no answer")}), 2)
+    assert (outcome.rank, outcome.cause, outcome.exit_code) == (1, Cause.HANG, ExitCode.INFRASTRUCTURE)
+
+
+def test_a_kill_for_want_of_memory_on_this_host_explains_nothing_on_another() -> None:
+    outcome = first_failure([], WorkerGroupError({1: gone("hostname='elsewhere'")}), 2, kernel_killed=True)
+    assert (outcome.host, outcome.cause) == ("elsewhere", Cause.NODE_LOST)
 
 
 def test_workers_that_only_waited_for_another_one() -> None:

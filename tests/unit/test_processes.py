@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlm.processes import count_oom_kills
+from distlm.processes import OomKills, count_oom_kills
 from distlm.temporary import temporary_root
 
 # Starts a process before the block, and in it a child that leaves an orphan behind and is gone, as a killed controller.
@@ -42,9 +42,35 @@ def test_orphans_of_the_block_are_ended_and_what_was_there_before_is_not() -> No
     assert not psutil.pid_exists(int(orphan_pid))
 
 
-def test_kills_for_want_of_memory_are_counted() -> None:
-    count = count_oom_kills()
-    assert count is None or count >= 0
+@pytest.mark.parametrize(
+    ("cgroup", "told_in", "text"),
+    [
+        ("0::/job/7\n", "groups/job/7/memory.events", "oom 9\noom_kill 3\n"),
+        ("0::/job/7\n", "groups/memory.events", "oom_kill 3\n"),  # in a container
+        ("9:name=systemd:/\n4:cpu,memory:/job\n", "groups/memory/job/memory.oom_control", "oom_kill 3\n"),
+        ("0::/\n", "proc/vmstat", "nr_free_pages 5\noom_kill 3\n"),
+    ],
+)
+def test_kills_for_want_of_memory_are_counted(cgroup: str, told_in: str, text: str, tmp_path: Path) -> None:
+    assert count_oom_kills(tmp_path / "proc", tmp_path / "groups") is None
+    for name, content in {"proc/self/cgroup": cgroup, told_in: text}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert count_oom_kills(tmp_path / "proc", tmp_path / "groups") == 3
+
+
+def test_a_kill_of_long_ago_explains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, count = 0.0, 5
+    monkeypatch.setattr("distlm.processes.count_oom_kills", lambda: count)
+    kills = OomKills(lambda: now_s)
+    now_s, count = 10.0, 6
+    assert kills.happened_lately()
+    for now_s in range(11, 60):  # noqa: B007 - the clock reads it
+        kills.sample()
+    assert not kills.happened_lately()
+    count = 7
+    assert kills.happened_lately()
 
 
 class TestTemporaryRoot:

@@ -208,7 +208,7 @@ STATES = {
     "copying": (*PREPARING, prepared("copying a/very/long/name/of/a/data/set/train " * 3, 10**6)),
     "starting": trained()[:3],
     "training": trained(),
-    "stopping": (*trained(), make_event("stopping", message=stop_message(1) + "\n" + "x" * 300)),
+    "stopping": (*trained(), make_event("stopping", message=stop_message(1, is_training=True) + "\n" + "x" * 300)),
     "exporting": (*trained(), make_event("phase", phase="export", message="writing the model")),
     "not finite": (*trained(), metrics(160, dict.fromkeys(TRAINED, math.nan) | dict.fromkeys(EVALUATED, math.inf))),
     "wide": trained(run_name="中文预训练模型" * 20, task="掩码语言模型" * 20, tracking="http://例子/" + "路" * 90),

@@ -1,0 +1,45 @@
+"""How often the user has asked to stop, counted alike by the command and by the controller that it passes signals to.
+
+1  finish the step, save, stop          2  stop now          3  kill
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_SAME_EVENT_S = 1.0
+"""Who closes a terminal, a session or a service sends SIGHUP and SIGTERM together, or one of them twice."""
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that ask to stop wait until the block ends or lets them in; threads that it starts never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class StopCount:
+    """Not every signal is a new request: only another Ctrl-C, or a SIGTERM that comes some time after the first one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first_s = 0.0
+        self.value = 0
+
+    def add(self, number: int) -> bool:
+        """A signal has come; whether it counts. Safe in a signal handler."""
+        now_s = self._clock()
+        if self.value == 0:
+            self._first_s = now_s
+        elif number == signal.SIGHUP or (number == signal.SIGTERM and now_s - self._first_s < _SAME_EVENT_S):
+            return False
+        self.value += 1
+        return True
