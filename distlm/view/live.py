@@ -388,7 +388,7 @@ def _places(state: AttemptState, columns: int) -> list[Text]:
 def _stopping(state: AttemptState, columns: int) -> Text:
     if state.stopping:
         return _cut(Text(_printable(state.stopping.partition("\n")[0]), "yellow bold"), columns)
-    return _row("Ctrl-C", ["finish the step, save, stop"], columns)
+    return _row("Ctrl-C", ["finish the step, save, stop" if state.is_training else "stop"], columns)
 
 
 def _row(label: str, parts: Sequence[str], columns: int, separator: str = "  ") -> Text:

@@ -200,7 +200,7 @@ class TestSuccess:
         command = place.start("resume", success.run.run_id, "training.max_steps=40")
         assert command.wait() == ExitCode.INFRASTRUCTURE, (command.out, command.err)
         cause = command.err.splitlines()[0]
-        assert cause.endswith("has format version 99, and this distlm reads 2; use the distlm that wrote it")
+        assert "has format version 99, and this distlm reads 2; use the distlm that wrote it; log: " in cause
         assert str(path) in cause and "starting 2 workers" not in command.out
         assert (history(place, success.run, "train/loss"), sorted(success.run.checkpoints.rglob("*"))) == before
         assert place.mlflow_run(success.run).info.status == "FINISHED"
