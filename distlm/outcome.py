@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Self
+from typing import Any, Self
 
 from distlm.errors import Cause, DistlmError, ExitCode
 from distlm.run_folder import AttemptFolder, write_json
@@ -59,30 +59,34 @@ def tracker_status(exit_code: int) -> str:
     return "KILLED" if exit_code in (ExitCode.CANCELLED, ExitCode.PREEMPTED) else "FAILED"
 
 
+def result_of(
+    folder: AttemptFolder, outcome: Outcome, started: float | None, problems: list[dict[str, str]] | None = None
+) -> dict[str, Any]:
+    """The content of result.json. `started` is in seconds since the epoch; None: not known. `problems` are those of the
+    user's input, as JSON."""
+    return {
+        "state": outcome.state,
+        "exit_code": int(outcome.exit_code),
+        "message": outcome.message,
+        "problems": problems or [],
+        "cause": outcome.cause,
+        "rank": outcome.rank,
+        "host": outcome.host,
+        "place": outcome.place,
+        "advice": outcome.advice,
+        "followers": [asdict(follower) for follower in outcome.followers],
+        "details": outcome.details,
+        "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
+        "started_at": _iso(started) if started is not None else None,
+        "ended_at": _iso(datetime.now(UTC).timestamp()),
+    }
+
+
 def write_result(
     folder: AttemptFolder, outcome: Outcome, started: float | None, problems: list[dict[str, str]] | None = None
 ) -> None:
-    """Write result.json. `started` is in seconds since the epoch; None: not known. `problems` are those of the user's
-    input, as JSON."""
-    write_json(
-        folder.result_json,
-        {
-            "state": outcome.state,
-            "exit_code": int(outcome.exit_code),
-            "message": outcome.message,
-            "problems": problems or [],
-            "cause": outcome.cause,
-            "rank": outcome.rank,
-            "host": outcome.host,
-            "place": outcome.place,
-            "advice": outcome.advice,
-            "followers": [asdict(follower) for follower in outcome.followers],
-            "details": outcome.details,
-            "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
-            "started_at": _iso(started) if started is not None else None,
-            "ended_at": _iso(datetime.now(UTC).timestamp()),
-        },
-    )
+    """Write result.json: see `result_of`."""
+    write_json(folder.result_json, result_of(folder, outcome, started, problems))
 
 
 def _iso(seconds: float) -> str:

@@ -130,14 +130,13 @@ def _wait(
     try:
         for event in first_events:
             view.show(event)
-        code = launcher.submit(launcher.build(config, run), attempt, view)
+        result = launcher.submit(launcher.build(config, run), attempt, view)
     finally:
         view.close()
-    if not as_json:
-        for line in ending(run, read_json(attempt.result_json)):
-            is_good = code == ExitCode.SUCCEEDED
-            say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
-    return code
+    is_good = result["exit_code"] == ExitCode.SUCCEEDED
+    for line in ending(run, result) if not as_json else ():
+        say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
+    return int(result["exit_code"])
 
 
 def begin_event(config: RunConfig, run: RunFolder, attempt: AttemptFolder) -> Event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
@@ -36,6 +36,6 @@ class Launcher(Protocol):
         """The request for the run's newest attempt. Pure: what a dry run prints is what is submitted."""
         ...
 
-    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> int:
-        """Run the attempt to its end, which result.json then tells, and show its events; its exit code."""
+    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
+        """Run the attempt to its end and show its events; the content of its result.json."""
         ...

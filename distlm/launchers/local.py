@@ -27,7 +27,7 @@ from distlm.devices import visible_gpu_count
 from distlm.errors import Cause, ExitCode, InputError, Problem
 from distlm.launchers.base import Request
 from distlm.leftovers import clear_leftovers
-from distlm.outcome import Outcome, write_result
+from distlm.outcome import Outcome, result_of, write_result
 from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
 from distlm.stop_count import STOP_SIGNALS, StopCount
@@ -69,7 +69,7 @@ class LocalLauncher:
     def build(self, config: RunConfig, run: RunFolder) -> Request:
         return Request((sys.executable, "-m", "distlm.controller", str(run.path)), tuple(config.env))
 
-    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> int:
+    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
         ours, theirs = socket.socketpair()
         oom_kills = OomKills()
         with _Signals(view) as signals:
@@ -85,12 +85,15 @@ class LocalLauncher:
                 signals.let_in()
                 _show_events(ours, view)
                 code = signals.controller.wait()
-            if read_json(attempt.result_json) is None:
-                end_abandoned(attempt, _how_it_ended(code, signals.count.value, oom_kills.happened_lately()))
-                _tell_mlflow(attempt)
-        result = read_json(attempt.result_json)
+            result: dict[str, Any] | None = read_json(attempt.result_json)
+            if result is None:
+                outcome = _how_it_ended(code, signals.count.value, oom_kills.happened_lately())
+                result = result_of(attempt, outcome, started=None)
+                with suppress(OSError):  # the storage may be what failed
+                    end_abandoned(attempt, outcome)
+                    _tell_mlflow(attempt)
         view.show(make_event("result", **result))
-        return int(result["exit_code"])
+        return result
 
 
 def require_packages() -> None:

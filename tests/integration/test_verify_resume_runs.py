@@ -6,6 +6,7 @@ import re
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from place import END_TIMEOUT_S, START_TIMEOUT_S, Place, wait_until
@@ -119,7 +120,7 @@ def test_a_broken_resume_is_found(
     """A moment of one parameter is lost between the pieces, from a checkpoint that is consistent otherwise."""
     submit = LocalLauncher.submit
 
-    def damage_and_submit(self: LocalLauncher, request: Request, attempt: AttemptFolder, view: View) -> int:
+    def damage_and_submit(self: LocalLauncher, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
         if attempt.number == 2:
             (checkpoint,) = CheckpointStore(attempt.path.parents[1] / "checkpoints").checkpoints()
             lose_moment(checkpoint, "bert.embeddings.word_embeddings.weight:exp_avg:0")
