@@ -380,7 +380,7 @@ class AttemptController:
 
     def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
-        self._provenance.record(recorder, _PROVENANCE_TIMEOUT_S)
+        self._provenance.record(recorder, 1.0 if self.stop.is_asked else _PROVENANCE_TIMEOUT_S)
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
