@@ -43,8 +43,8 @@ from distlm.errors import DistlmError, ExitCode
 from distlm.metrics_file import finite
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.redact import redact_uri
-from distlm.run_folder import RunFolder
-from distlm.run_status import AttemptStatus, RunStatus, run_status, runs_in, value_at
+from distlm.run_folder import RunFolder, runs_in
+from distlm.run_status import AttemptStatus, RunStatus, run_status, value_at
 from distlm.view.ending import command
 from distlm.view.state import format_duration
 from distlm.view.table import Column, table

@@ -31,6 +31,7 @@ from made_runs import (
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.cli import main
+from distlm.commands.find import find_run
 from distlm.errors import ExitCode
 from distlm.metrics_file import encode_line, read_backwards, read_lines
 from distlm.run_folder import RunFolder, lease, lease_holder, read_json, write_json
@@ -226,6 +227,30 @@ def test_list_is_newest_first_and_limited(runs_dir: Path, capsys: pytest.Capture
         "run_id": run_id(22), "name": "run 22", "state": "succeeded", "step": 100, "total_steps": 100, "loss": 3.2,
         "attempts": 1, "folder": str(runs_dir / run_id(22)), "damaged": [],
     }  # fmt: skip
+
+
+def test_the_newest_run_is_a_run(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And no folder beside it whose name sorts behind, such as a copy that somebody has made."""
+    runs = [make_run(runs_dir, number) for number in range(2)]
+    for name in ("old-backup", f"{runs[0].run_id}-backup", f"{runs[1].run_id}.bak", "99999999-999999-abcdef"):
+        shutil.copytree(runs[0].path, runs_dir / name)
+    assert find_run(Path("runs"), "last") == runs[1]
+    assert find_run(Path("runs"), "old").path == runs_dir / "old-backup"
+    first, second, *others = json.loads(out_of(capsys, "list", "--json"))
+    assert [first["run_id"], second["run_id"]] == [runs[1].run_id, runs[0].run_id]
+    assert len(others) == 4, "they are listed, behind"
+    for run in runs:
+        shutil.rmtree(run.path)
+    assert "there is no run last in runs (newest runs: " in out_of(capsys, "status", "last", code=ExitCode.BAD_INPUT)
+
+
+def test_attempts_are_what_has_a_number(runs_dir: Path) -> None:
+    run = make_run(runs_dir)
+    for name in ("001", "002", "999", "1000", "001-copy", "0099.old"):
+        (run.path / "attempts" / name).mkdir(parents=True)
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 999, 1000]
+    assert run.new_attempt().number == 1001
+    assert make_attempt(run).number == 1002, "as a resume does"
 
 
 def test_no_runs(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
