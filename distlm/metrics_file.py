@@ -31,7 +31,8 @@ _BLOCK_BYTES = 64 * 2**10
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:
-    return (json.dumps(finite(message), ensure_ascii=False, separators=(",", ":"), default=str) + "\n").encode()
+    text = json.dumps(finite(message), ensure_ascii=False, separators=(",", ":"), default=str) + "\n"
+    return text.encode(errors="backslashreplace")  # what is no UTF-8 in the name of a file
 
 
 def finite(value: Any) -> Any:

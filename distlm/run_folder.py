@@ -54,7 +54,8 @@ def run_created_s(run_id: str) -> float:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` with `text`, so that a reader sees the old file or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    # What is no UTF-8 in the name of a file is then as JSON writes it.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -54,7 +54,7 @@ def list_runs(options: argparse.Namespace) -> int:
     found = runs_in(options.runs_dir)
     shown = [run_status(run, with_evaluation=False) for run in (found[: options.limit] if options.limit else found)]
     if options.json:
-        say(json.dumps(finite([_summary(one) for one in shown]), indent=2, ensure_ascii=False))
+        say(json.dumps(finite([_summary(one) for one in shown]), indent=2))
     elif not shown:
         say(f"no runs in {options.runs_dir}; use --runs-dir for another folder")
     else:
@@ -68,7 +68,7 @@ def status(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     details = _details(run_status(run))
     if options.json:
-        say(json.dumps(finite(details), indent=2, ensure_ascii=False))
+        say(json.dumps(finite(details), indent=2))
     else:
         say("\n".join(_page(details)))
     return ExitCode.SUCCEEDED
