@@ -49,8 +49,10 @@ class AttemptStatus:
     cause: str | None = None
     """Its class, in the words of distlm.errors.Cause."""
     message: str = ""
-    """The first failure and what to do about it."""
+    """The first failure."""
     log: Path | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    """What result.json holds; empty: nothing, or it is damaged."""
 
     @property
     def duration_s(self) -> float | None:
@@ -180,6 +182,7 @@ def _attempt_status(reader: _Reader, folder: AttemptFolder, tree: dict[str, Any]
         cause=_text(result.get("cause")),
         message=_text(result.get("message")) or "",
         log=Path(log) if (log := _text(result.get("log"))) else folder.controller_log,
+        result=result,
     )
 
 
