@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_output_that_is_closed_changes_no_exit_code(run: RunFolder, tmp_path: Pa
         assert "Traceback" not in done.stderr
         if command == "status none" and closed == "2>&-":
             assert done.stdout == "", "what is wrong is no output"
+
+
+def test_sync_is_one_process(run: RunFolder, tmp_path: Path) -> None:
+    """So that a signal to it ends what it does: no child of it goes on."""
+    attempt_yaml = run.attempts()[0].attempt_yaml
+    os.mkfifo(attempt_yaml)  # where it waits
+    command = [sys.executable, "-m", "distlm.cli", "sync", run.run_id]
+    with subprocess.Popen(command, cwd=tmp_path, env=clean_environment(tmp_path)) as sync:
+        with open(attempt_yaml, "wb"):  # it has come there
+            assert b"distlm.tracking.sync" in Path(f"/proc/{sync.pid}/cmdline").read_bytes()
+            sync.terminate()
+        assert sync.wait() == -signal.SIGTERM
 
 
 def test_what_the_operating_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
