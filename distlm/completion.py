@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 import argcomplete
 from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
+from distlm.run_folder import runs_in
+
 _MAX_RUNS = 50
 
 
@@ -31,7 +33,7 @@ def _runs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str
     """Ids, newest first, then `last`; and folders, for a run that lies elsewhere."""
     if "/" in prefix:
         return list(DirectoriesCompleter()(prefix))
-    found = sorted((path.parent.name for path in parsed_args.runs_dir.glob("*/run.yaml")), reverse=True)
+    found = [run.run_id for run in runs_in(parsed_args.runs_dir) if run.run_yaml.is_file()]
     return [name for name in (*found[:_MAX_RUNS], "last") if name.startswith(prefix)]
 
 

@@ -6,9 +6,23 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import TextIO
 
 from distlm.errors import DistlmError, ExitCode
+
+
+def make_printable() -> None:
+    """From now on everything can be printed: letters that stdout has not become "?", and nobody reads what is closed.
+
+    What is meant for programs is ASCII.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif name == "stdout" and isinstance(stream, TextIOWrapper):  # stderr writes such letters as \uXXXX
+            stream.reconfigure(errors="replace")
 
 
 def say(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
@@ -40,6 +54,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
 
     Mistakes of ours are raised.
     """
+    make_printable()
     try:
         return int(command())
     except DistlmError as error:

@@ -47,7 +47,7 @@ def new_run_id() -> str:
 
 
 def run_created_s(run_id: str) -> float:
-    """When a run was made, in seconds since the epoch, from its id."""
+    """When a run was made, in seconds since the epoch, from the beginning of its id. Raises ValueError."""
     return datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).timestamp()
 
 
@@ -226,6 +226,14 @@ class RunFolder:
         return self.path.name
 
     @property
+    def created_s(self) -> float | None:
+        """When it was made, in seconds since the epoch; None: its name is no id, such as that of a copy."""
+        with suppress(ValueError):
+            if re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", self.run_id):
+                return run_created_s(self.run_id)
+        return None
+
+    @property
     def runs_dir(self) -> Path:
         return self.path.parent
 
@@ -258,14 +266,31 @@ class RunFolder:
         return self.path / "model_upload.json"
 
     def attempts(self) -> list[AttemptFolder]:
-        """All attempts, oldest first."""
-        return [AttemptFolder(path) for path in sorted(self.path.glob("attempts/[0-9][0-9][0-9]*"))]
+        """All attempts, oldest first; what has another name than a number is none."""
+        found = [AttemptFolder(path) for path in self.path.glob("attempts/*") if path.name.isdecimal()]
+        return sorted(found, key=lambda attempt: attempt.number)
 
     def new_attempt(self) -> AttemptFolder:
-        number = self.attempts()[-1].number + 1 if self.attempts() else 1
+        attempts = self.attempts()
+        number = attempts[-1].number + 1 if attempts else 1
         attempt = AttemptFolder(self.path / "attempts" / f"{number:03d}")
         attempt.logs.mkdir(parents=True)
         return attempt
+
+
+def runs_in(runs_dir: Path) -> list[RunFolder]:
+    """Every folder that is, or was to become, a run's: newest first, and last those whose name is no id. Raises OSError
+    if the folder cannot be read."""
+    found = [RunFolder(path) for path in runs_dir.absolute().iterdir()] if runs_dir.is_dir() else []
+    return sorted(filter(_looks_like_a_run, found), key=lambda run: (run.created_s or 0.0, run.run_id), reverse=True)
+
+
+def _looks_like_a_run(run: RunFolder) -> bool:
+    if run.run_id.startswith("."):
+        return False
+    if run.run_yaml.is_file() or (run.path / "attempts").is_dir():
+        return True
+    return run.created_s is not None and run.path.is_dir()
 
 
 def process_name(pid: int, host: str) -> str:

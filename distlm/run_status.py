@@ -23,7 +23,7 @@ from distlm.config.attempt import Attempt
 from distlm.config.load import with_overrides
 from distlm.errors import DistlmError, ExitCode
 from distlm.metrics_file import read_backwards
-from distlm.run_folder import AttemptFolder, RunFolder, lease_holder, process_name, read_json, read_yaml, run_created_s
+from distlm.run_folder import AttemptFolder, RunFolder, lease_holder, process_name, read_json, read_yaml
 
 _STARTING_S = 60.0
 """An attempt that has no controller after that long gets none any more."""
@@ -49,8 +49,10 @@ class AttemptStatus:
     cause: str | None = None
     """Its class, in the words of distlm.errors.Cause."""
     message: str = ""
-    """The first failure and what to do about it."""
+    """The first failure."""
     log: Path | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    """What result.json holds; empty: nothing, or it is damaged."""
 
     @property
     def duration_s(self) -> float | None:
@@ -94,36 +96,13 @@ class RunStatus:
 
     @property
     def started_s(self) -> float | None:
-        if self.attempts:
-            return self.attempts[0].started_s
-        try:
-            return run_created_s(self.run.run_id)
-        except ValueError:
-            return None
+        return self.attempts[0].started_s if self.attempts else self.run.created_s
 
     @property
     def duration_s(self) -> float | None:
         """Of all attempts together, without what lies between them."""
         known = [attempt.duration_s for attempt in self.attempts if attempt.duration_s is not None]
         return sum(known) if known else None
-
-
-def runs_in(runs_dir: Path) -> list[RunFolder]:
-    """Every folder that is, or was to become, a run's, newest first. Raises OSError if the folder cannot be read."""
-    found = [path for path in runs_dir.absolute().iterdir() if _looks_like_a_run(path)] if runs_dir.exists() else []
-    return [RunFolder(path) for path in sorted(found, reverse=True)]
-
-
-def _looks_like_a_run(path: Path) -> bool:
-    if path.name.startswith("."):
-        return False
-    if (path / "run.yaml").is_file() or (path / "attempts").is_dir():
-        return True
-    try:
-        run_created_s(path.name)
-    except ValueError:
-        return False
-    return path.is_dir()
 
 
 def run_status(run: RunFolder, *, with_evaluation: bool = True) -> RunStatus:
@@ -134,7 +113,7 @@ def run_status(run: RunFolder, *, with_evaluation: bool = True) -> RunStatus:
     """
     reader = _Reader(run)
     tree = reader.get(lambda: _mapping(read_yaml(run.run_yaml)), _nothing())
-    folders = [folder for folder in run.attempts() if folder.path.name.isdigit()]
+    folders = run.attempts()
     attempts = [_attempt_status(reader, folder, tree, is_newest=folder == folders[-1]) for folder in folders]
     state = attempts[-1].state if attempts else _state_without_attempt(run)
     for folder, status in zip(reversed(folders), reversed(attempts), strict=True):
@@ -203,6 +182,7 @@ def _attempt_status(reader: _Reader, folder: AttemptFolder, tree: dict[str, Any]
         cause=_text(result.get("cause")),
         message=_text(result.get("message")) or "",
         log=Path(log) if (log := _text(result.get("log"))) else folder.controller_log,
+        result=result,
     )
 
 

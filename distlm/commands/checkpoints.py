@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 from distlm.checkpoint.listing import best_by, list_checkpoints, table
 from distlm.checkpoint.store import CheckpointStore
 from distlm.checkpoint.tensor_file import one_line
+from distlm.commands.data_plane import continue_in
 from distlm.commands.find import find_run
 from distlm.console import say
 from distlm.errors import ExitCode, InputError
@@ -34,6 +34,4 @@ def checkpoints(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
-    # In place of this process, so that signals and the exit code need no passing on; this one has no torch.
-    command = [sys.executable, "-m", "distlm.worker.export", f"--step={options.step}", "--", run.path, options.dir]
-    os.execv(sys.executable, [str(part) for part in command])
+    continue_in("distlm.worker.export", f"--step={options.step}", "--", run.path, options.dir)

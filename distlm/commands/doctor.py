@@ -30,7 +30,7 @@ def doctor(options: argparse.Namespace) -> int:
     missing = sum(one.verdict == "missing" for one in findings)
     warnings = sum(one.verdict == "warning" for one in findings)
     if options.json:
-        say(json.dumps([asdict(one) for one in findings], indent=2, ensure_ascii=False))
+        say(json.dumps([asdict(one) for one in findings], indent=2))
     elif missing:
         say(f"\n{missing} missing, {warnings} warnings: nothing can train here yet")
     else:

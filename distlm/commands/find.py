@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distlm.errors import InputError
-from distlm.run_folder import RunFolder
+from distlm.run_folder import RunFolder, runs_in
 
 
 def find_run(runs_dir: Path, name: str) -> RunFolder:
@@ -15,13 +15,16 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     for folder in (Path(name), runs_dir / name):
         if (folder / "attempts").is_dir() and not (folder / "run.yaml").is_file():
             raise InputError(f"{folder} has no run.yaml, the config of a run, any more; it cannot be used without")
-    known = sorted(path.parent for path in runs_dir.absolute().glob("*/run.yaml"))
-    found = known[-1:] if name == "last" else [path for path in known if path.name.startswith(name)]
+    known = [run for run in runs_in(runs_dir) if run.run_yaml.is_file()]
+    if name == "last":
+        found = [run for run in known if run.created_s is not None][:1]
+    else:
+        found = [run for run in known if run.run_id.startswith(name)]
     if len(found) == 1:
-        return RunFolder(found[0])
+        return found[0]
     if not found:
-        newest = ", ".join(path.name for path in known[-5:]) or "none"
+        newest = ", ".join(run.run_id for run in known[:5]) or "none"
         raise InputError(
             f"there is no run {name} in {runs_dir} (newest runs: {newest}); use --runs-dir for another folder"
         )
-    raise InputError(f"{name} is the beginning of {len(found)} runs: {', '.join(path.name for path in found[:5])}")
+    raise InputError(f"{name} is the beginning of {len(found)} runs: {', '.join(run.run_id for run in found[:5])}")

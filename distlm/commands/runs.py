@@ -31,6 +31,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,13 +40,13 @@ from distlm.checkpoint.store import CheckpointStore
 from distlm.commands.find import find_run
 from distlm.config.load import expanded
 from distlm.console import printable, say
-from distlm.errors import DistlmError, ExitCode
+from distlm.errors import DistlmError, ExitCode, InputError
 from distlm.metrics_file import finite
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.redact import redact_uri
-from distlm.run_folder import RunFolder
-from distlm.run_status import AttemptStatus, RunStatus, run_status, runs_in, value_at
-from distlm.view.ending import command
+from distlm.run_folder import RunFolder, runs_in
+from distlm.run_status import AttemptStatus, RunStatus, run_status, value_at
+from distlm.view.ending import command, next_steps, what_happened
 from distlm.view.state import format_duration
 from distlm.view.table import Column, table
 
@@ -54,7 +55,7 @@ def list_runs(options: argparse.Namespace) -> int:
     found = runs_in(options.runs_dir)
     shown = [run_status(run, with_evaluation=False) for run in (found[: options.limit] if options.limit else found)]
     if options.json:
-        say(json.dumps(finite([_summary(one) for one in shown]), indent=2, ensure_ascii=False))
+        say(json.dumps(finite([_summary(one) for one in shown]), indent=2))
     elif not shown:
         say(f"no runs in {options.runs_dir}; use --runs-dir for another folder")
     else:
@@ -66,11 +67,12 @@ def list_runs(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
-    details = _details(run_status(run))
+    one = run_status(run)
+    details = _details(one)
     if options.json:
-        say(json.dumps(finite(details), indent=2, ensure_ascii=False))
+        say(json.dumps(finite(details), indent=2))
     else:
-        say("\n".join(_page(details)))
+        say("\n".join(_page(details, _what_happened(one))))
     return ExitCode.SUCCEEDED
 
 
@@ -113,7 +115,7 @@ def _details(one: RunStatus) -> dict[str, Any]:
         "model_folder": str(run.model) if run.model.is_dir() else None,
         "tracking_uri": uri,
         "mlflow_run_id": mlflow_id,
-        "next": _next(one, bool(checkpoints)),
+        "next": _next(one),
         "damaged": damaged,
     }
 
@@ -153,16 +155,33 @@ def _checkpoints(run: RunFolder, damaged: list[str]) -> tuple[list[int], int | N
 
 def _tracking(one: RunStatus, damaged: list[str]) -> tuple[str | None, str | None]:
     """The tracking URI without secrets, and the id of the MLflow run."""
-    if "mlflow" not in (value_at(one.tree, "tracking", "report_to") or []):
+    if not _is_in_mlflow(one):
         return None, None
-    written = value_at(one.tree, "tracking", "tracking_uri")
+    uri, mlflow_id = value_at(one.tree, "tracking", "tracking_uri"), None
+    with suppress(InputError):  # a variable that is not set here
+        uri = choose_tracking_uri(expanded(uri, "tracking.tracking_uri"), one.run.runs_dir)
     try:
-        return redact_uri(
-            choose_tracking_uri(expanded(written, "tracking.tracking_uri"), one.run.runs_dir)
-        ), mlflow_run_id(one.run)
-    except DistlmError as error:
+        mlflow_id = mlflow_run_id(one.run)
+    except (DistlmError, OSError) as error:
         damaged.append(str(error))
-        return redact_uri(str(written)), None
+    return redact_uri(str(uri)), mlflow_id
+
+
+def _is_in_mlflow(one: RunStatus) -> bool:
+    report_to = value_at(one.tree, "tracking", "report_to")
+    return isinstance(report_to, list) and "mlflow" in report_to
+
+
+def _what_happened(one: RunStatus) -> list[str]:
+    """How the newest attempt has ended, as the command that waited for it said it."""
+    newest = one.attempts[-1] if one.attempts else None
+    if newest is None or newest.state in ("succeeded", "unknown") or not newest.result:
+        return []
+    try:
+        lines = what_happened(newest.result)
+    except (KeyError, TypeError, ValueError, AttributeError):  # a part of it is damaged
+        lines = [newest.message]
+    return "\n".join(lines).splitlines()
 
 
 def _model(tree: Mapping[str, Any]) -> str | None:
@@ -172,20 +191,20 @@ def _model(tree: Mapping[str, Any]) -> str | None:
     return f"{kind} from scratch" if kind else None
 
 
-def _next(one: RunStatus, has_checkpoint: bool) -> list[str]:
+def _next(one: RunStatus) -> list[str]:
     """Commands, the likeliest first."""
-    resume, ui, sync = (command(one.run, verb) for verb in ("resume", "ui", "sync"))
-    records = "mlflow" in (value_at(one.tree, "tracking", "report_to") or [])
+    ui = [command(one.run, "ui")] if _is_in_mlflow(one) else []
+    if one.metrics.step is None and one.state not in ("running", "succeeded"):
+        ui = []  # there is nothing to see
     match one.state:
-        case "succeeded":
-            return [*([ui] if records else []), command(one.run, "export", "DIR")]
         case "starting" | "running":
-            return [*([ui] if records and one.state == "running" else []), command(one.run, "status")]
-        case "bad_input":
-            return [command(one.run, "resume", "KEY=VALUE")]
+            return [*ui, command(one.run, "status")]
         case "lost":  # MLflow may show it as running
-            return [resume, *([sync] if records and one.metrics.step is not None else [])]
-    return [resume, *([ui] if records and one.metrics.step is not None else [])]
+            return [command(one.run, "resume"), *([command(one.run, "sync")] if ui else [])]
+        case "unknown":  # a resume is refused
+            return ui
+    steps = [what for _, what in next_steps(one.run, one.attempts[-1].result)]
+    return [*ui, *steps] if one.state == "succeeded" else [*steps, *ui]
 
 
 def _iso(seconds: float | None) -> str | None:
@@ -212,7 +231,7 @@ def _table_of_runs(shown: list[RunStatus]) -> list[str]:
     return lines + [f"{one.run.run_id} is damaged: {printable(text)}" for one in shown for text in one.damaged]
 
 
-def _page(details: dict[str, Any]) -> list[str]:
+def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
     step = f"step {_of_total(details['step'], details['total_steps'])}" if details["step"] is not None else ""
     parts = (details["state"], step, f"took {_duration(details['duration_s'])}")
     lines = [f"run {details['run_id']}: {', '.join(filter(None, parts))}"]
@@ -233,10 +252,11 @@ def _page(details: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<14}{printable(value)}" for name, value in known.items()]
     lines += ["", *_table_of_attempts(details["attempts"])] if details["attempts"] else ["  no attempt was begun"]
     for attempt in details["attempts"]:
-        if attempt["message"]:
-            why = f" ({attempt['cause']})" if attempt["cause"] else ""
+        why = f" ({attempt['cause']})" if attempt["cause"] else ""
+        told = ending if ending and attempt is details["attempts"][-1] else attempt["message"].splitlines()
+        if told:
             lines += ["", f"attempt {attempt['number']}, {attempt['state']}{why}:"]
-            lines += [f"  {printable(line)}" for line in attempt["message"].splitlines()]
+            lines += [f"  {printable(line)}" for line in told]
     lines += ["", *(f"damaged: {printable(text)}" for text in details["damaged"])] if details["damaged"] else []
     return [*lines, "", *(f"next: {command}" for command in details["next"])]
 

@@ -91,7 +91,7 @@ def _what_is_otherwise(equal: Reproduction) -> Iterator[Event]:
 def _has_succeeded(run: RunFolder) -> bool:
     attempts = run.attempts()
     result = read_json(attempts[-1].result_json) if attempts else None
-    return result is not None and result["exit_code"] == ExitCode.SUCCEEDED
+    return isinstance(result, dict) and result.get("exit_code") == ExitCode.SUCCEEDED
 
 
 def _begin(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
+from distlm.commands.data_plane import continue_in
 from distlm.commands.find import find_run
 
 
 def sync(options: argparse.Namespace) -> int:
-    run = find_run(options.runs_dir, options.run)
-    return subprocess.call([sys.executable, "-m", "distlm.tracking.sync", str(run.path)])
+    continue_in("distlm.tracking.sync", find_run(options.runs_dir, options.run).path)

@@ -38,6 +38,7 @@ from distlm.errors import ExitCode, InfrastructureError, InputError, Problem
 from distlm.mlflow_store import choose_tracking_uri, embedded_store, mlflow_run_id
 from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, read_yaml
+from distlm.view.ending import command
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 5.0
@@ -70,8 +71,8 @@ def ui(options: argparse.Namespace) -> int:
             say(json.dumps(asdict(page)))
         else:
             say(f"{whose} {page.url}")
-            if run_id and not mlflow_id:
-                say(f"it has nothing of run {run_id} yet (distlm sync {run_id} sends what is missing)")
+            if run and not mlflow_id:
+                say(f"it has nothing of run {run_id} yet ({command(run, 'sync')} sends what is missing)")
         if options.open:
             _open_browser(page.url)
 
@@ -93,13 +94,15 @@ def _tracking_uri(run: RunFolder) -> str:
     """Where a run is recorded, as its last resume left it. Raises InputError."""
     try:
         tracking = with_overrides(read_yaml(run.run_yaml), changes_so_far(run))["tracking"]
-        report_to, written = tracking["report_to"], tracking["tracking_uri"]
+        is_in_mlflow, written = "mlflow" in tracking["report_to"], tracking["tracking_uri"]
+        if not isinstance(written, (str, type(None))):
+            raise TypeError("tracking.tracking_uri is no text")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run.run_yaml} or an attempt.yaml is damaged: {type(error).__name__}: {error}") from error
-    if "mlflow" not in report_to:
+    if not is_in_mlflow:
         raise InputError(
             f"tracking.report_to of run {run.run_id} does not name mlflow; its metrics are in "
-            f"{run.path}/attempts/*/metrics.jsonl, the newest ones in: distlm status {run.run_id}"
+            f"{run.path}/attempts/*/metrics.jsonl, the newest ones in: {command(run, 'status')}"
         )
     return choose_tracking_uri(expanded(written, "tracking.tracking_uri"), run.runs_dir)
 

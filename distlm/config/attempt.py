@@ -5,13 +5,13 @@ Client and controller meet here: the client writes run.yaml and attempt.yaml, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from distlm import __version__
-from distlm.config.load import LoadedConfig, load_tree
+from distlm.config.load import LoadedConfig, load_tree, with_overrides
 from distlm.config.resolve import refuse_changes, resolved_tree, without_defaults
 from distlm.config.schema import RunConfig
 from distlm.errors import ExitCode, InputError, Problem
@@ -53,7 +53,9 @@ class Attempt:
                     f"{folder.attempt_yaml} was written by distlm {version} and has keys that this one, "
                     f"{__version__}, does not know: {', '.join(unknown)}; use the distlm that wrote it"
                 )
-            return cls(**content)
+            attempt = cls(**content)
+            # Older versions took a runs_dir on resume, which changed nothing.
+            return replace(attempt, changes=[item for item in attempt.changes if not item.startswith("runs_dir=")])
         except (TypeError, AttributeError) as error:
             raise InputError(f"{folder.attempt_yaml} is damaged: {error}") from error
 
@@ -106,6 +108,21 @@ def changes_so_far(run: RunFolder) -> list[str]:
     return Attempt.read(attempts[-1]).changes if attempts else []
 
 
+def read_run_yaml(run: RunFolder) -> dict[str, Any]:
+    """The content of run.yaml. Raises InputError if it is missing or damaged."""
+    tree = read_yaml(run.run_yaml)
+    if not isinstance(tree, dict):
+        raise InputError(f"{run.run_yaml} is damaged: it is no mapping of keys to values")
+    return tree
+
+
+def written_tree(run: RunFolder, changes: Sequence[str]) -> dict[str, Any]:
+    """run.yaml and changes of it as a user might have written them: without the defaults, of which older versions of
+    distlm wrote some that are refused beside other keys. Raises InputError."""
+    written: dict[str, Any] = without_defaults(read_run_yaml(run))
+    return with_overrides(written, changes)
+
+
 def changed_config(
     run: RunFolder, overrides: list[str], check: Callable[[RunConfig], Iterator[Problem]]
 ) -> tuple[LoadedConfig, list[str]]:
@@ -113,14 +130,11 @@ def changed_config(
 
     Raises InputError, naming each key, if the overrides would make it another run.
     """
-    changes = [*changes_so_far(run), *overrides]
-    tree = read_yaml(run.run_yaml)
-    # Older versions of distlm wrote defaults into run.yaml that `check` refuses beside other keys.
-    written = without_defaults(tree)
-    loaded = load_tree(written, changes, check)
-    begun = load_tree(written)  # with the keys that are new since then
+    so_far = changes_so_far(run)
+    loaded = load_tree(written_tree(run, so_far), overrides, check)
+    begun = load_tree(written_tree(run, ()))  # with the keys that are new since then
     if refused := list(
         refuse_changes(resolved_tree(begun.config, begun.raw), resolved_tree(loaded.config, loaded.raw))
     ):
         raise InputError(*refused)
-    return loaded, changes
+    return loaded, [*so_far, *overrides]

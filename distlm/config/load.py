@@ -27,6 +27,7 @@ Key = tuple[str | int, ...]
 """Path of a value in the tree: ("data", "train", 0, "paths")."""
 
 _MAX_NODES = 100_000
+_MAX_DEPTH = 50
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -84,6 +85,12 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, and `no` and `on` are words, not booleans."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as !!int x
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -98,8 +105,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of an override or of an environment variable: any YAML."""
-    return yaml.load(text, _Loader)
+    """The value of an override or of an environment variable: any YAML. Raises InputError for what is none."""
+    return _parse(text, "")[0]
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -115,16 +122,25 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree and the origin ("name:line") of each of its keys. Raises InputError for what is no mapping of keys."""
+    tree, origins = _parse(text, name)
+    if tree is None:
+        raise InputError(Problem("the config is empty", location=name))
+    if not isinstance(tree, dict):
+        raise InputError(Problem(f"must be a mapping of keys to values, not a {type(tree).__name__}", location=name))
+    return tree, origins
+
+
+def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
+    """The value, and the origin of each of its keys. Raises InputError for what is no plain YAML."""
+    origins: dict[str, str] = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            raise InputError(Problem("the config is empty", location=name))
-        origins: dict[str, str] = {}
-        duplicates = list(_locate(node, (), name, origins, set()))
-        if duplicates:
-            raise InputError(*duplicates)
-        tree = loader.construct_document(node)
+            return None, origins
+        if refused := list(_locate(node, (), name, origins, set())):
+            raise InputError(*refused)
+        return loader.construct_document(node), origins
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -136,11 +152,10 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
         where = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
         message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
         raise InputError(Problem(message, location=where)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InputError(Problem("nested too deeply", location=name)) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(Problem(f"not valid YAML: {error}", location=name)) from None
-    if not isinstance(tree, dict):
-        raise InputError(Problem(f"must be a mapping of keys to values, not a {type(tree).__name__}", location=name))
-    return tree, origins
 
 
 def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_nodes: set[int]) -> Iterator[Problem]:
@@ -148,6 +163,8 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
     last."""
     if len(origins) > _MAX_NODES or id(node) in open_nodes:
         raise InputError(Problem("too large or refers to itself", location=name))
+    if len(open_nodes) > _MAX_DEPTH:
+        raise InputError(Problem("nested too deeply", location=name))
     open_nodes = open_nodes | {id(node)}
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -170,6 +187,10 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
             yield from _locate(item, (*key, index), name, origins, open_nodes)
 
 
+def _is_index(part: str) -> bool:
+    return part.isdecimal() and len(part) < 10
+
+
 def _dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
@@ -181,19 +202,20 @@ def _apply_override(tree: dict[str, Any], origins: dict[str, str], item: str) ->
     """Set one `key.sub=value` in the tree; `key.0.sub` reaches into lists."""
     dotted, equals, text = item.partition("=")
     here = "command line"
-    if not equals or not dotted or "" in dotted.split("."):
+    if not equals or not dotted or "" in dotted.split(".") or dotted.count(".") > _MAX_DEPTH:
         yield Problem(f"{item!r} is not an override; write key.sub=value", location=here)
         return
     try:
         value = parse_scalar(text)
-    except yaml.YAMLError:
-        yield Problem("the value is not valid YAML; quote it", dotted, text, here)
+    except InputError as error:
+        reason = error.problems[0].message.removeprefix("not valid YAML: ")
+        yield Problem(f"the value is not valid YAML; quote it ({reason})", dotted, text, here)
         return
     *parents, last = dotted.split(".")
     place: Any = tree
     for depth, part in enumerate([*parents, last]):
         if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
+            if not _is_index(part) or int(part) >= len(place):
                 where = ".".join(dotted.split(".")[:depth])
                 yield Problem(f"{where} is a list of {len(place)}; use an index below that", dotted, text, here)
                 return
@@ -258,7 +280,7 @@ def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
         if isinstance(value, _FromEnvironment):
             try:
                 place[last] = parse_scalar(value)
-            except yaml.YAMLError:
+            except InputError:
                 place[last] = str(value)
             changed = True
     return changed
@@ -288,7 +310,7 @@ def _validate(
     default_location: str,
 ) -> LoadedConfig:
     def located(problem: Problem) -> Problem:
-        key: Key = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
+        key: Key = tuple(int(part) if _is_index(part) else part for part in problem.key.split("."))
         return replace(
             problem,
             value=_shown(problem.value or _lookup(raw, key)),

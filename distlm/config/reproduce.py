@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm import __version__
-from distlm.config.attempt import Attempt, accepted_attempts
+from distlm.config.attempt import Attempt, accepted_attempts, read_run_yaml, written_tree
 from distlm.config.load import LoadedConfig, load_tree, read_config, with_overrides
 from distlm.config.resolve import flatten
 from distlm.config.schema import RunConfig
@@ -42,23 +42,24 @@ def reproduce(
     Raises InputError, located in the files of `original` or on the command line.
     """
     run_yaml = Path(os.path.relpath(original.run_yaml))
-    written, origins = read_config(run_yaml)
+    _, origins = read_config(run_yaml)
     attempts = [(folder, Attempt.read(folder)) for folder in accepted_attempts(original)]
-    trees = [with_overrides(written, attempt.changes) for _, attempt in attempts] or [written]
+    trees = [with_overrides(read_run_yaml(original), attempt.changes) for _, attempt in attempts]
     if attempts:
         folder, last = attempts[-1]
         origins |= {item.partition("=")[0]: os.path.relpath(folder.attempt_yaml) for item in last.changes}
     else:
         last = None
     try:
-        loaded = load_tree(trees[-1], overrides, check, origins=origins)
+        loaded = load_tree(written_tree(original, last.changes if last else ()), overrides, check, origins=origins)
     except InputError as error:
         causes = _possible_causes(original, last, error.problems) if last else []
         raise InputError(*error.problems, *causes) from None
     warnings = list(_resized(original, trees))
     if last and _is_elsewhere(last):
         warnings.append(_elsewhere(original, last))
-    return Reproduction(original, loaded, list(_changed(trees[-1], loaded.raw)), warnings)
+    before = trees[-1] if trees else read_run_yaml(original)
+    return Reproduction(original, loaded, list(_changed(before, with_overrides(before, overrides))), warnings)
 
 
 def original_of(run: RunFolder) -> RunFolder | None:

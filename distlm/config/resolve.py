@@ -19,7 +19,6 @@ MAY_CHANGE_ON_RESUME = (
     "deepspeed.",
     "tracking.",
     "profile.",
-    "runs_dir",
     "env",
     "training.torch_compile",
     "data.num_proc",
@@ -352,8 +351,13 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Problem
     """What a resume would change though it makes another run; `old` and `new` are resolved trees."""
     before, after = flatten(old), flatten(new)
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME):
-            yield Problem(f"cannot be changed on resume (the run has {before.get(key)}): submit a new run instead", key)
+        if before.get(key) == after.get(key) or key.startswith(MAY_CHANGE_ON_RESUME):
+            continue
+        if key == "runs_dir":
+            message = "cannot be changed on resume: to move runs, move that whole folder, and distlm resume NEW/RUN_ID"
+        else:
+            message = f"cannot be changed on resume (the run has {before.get(key)}): submit a new run instead"
+        yield Problem(message, key)
 
 
 def semantic_params(tree: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from distlm.redact import holds_password, redact_uri
+from distlm.redact import redact_uri
 
 TIMEOUT_S = 10.0
 """For all that is asked about a repository."""
@@ -76,7 +76,7 @@ class RepositoryState:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Why a diff was left out -> paths."""
     num_redacted_lines: int = 0
-    """Lines of the diff with a password in a URI, which is replaced by ***."""
+    """Lines of the diff with a secret (in a URI, or a token of a known form), which is replaced by ***."""
     untracked_files: list[dict[str, int | str | None]] = field(default_factory=list)
     """`path` and `size` in bytes of files that git neither tracks nor ignores; at most `MAX_UNTRACKED_FILES`."""
     num_untracked_files: int = 0
@@ -187,12 +187,11 @@ def _paths(output: bytes) -> list[str]:
 
 
 def _redacted(diff: bytes) -> tuple[bytes, int]:
-    """The diff without passwords in URIs, and the number of lines that had one."""
+    """The diff without secrets, as far as their form tells them, and the number of lines that had one."""
     lines = diff.decode(errors="surrogateescape").split("\n")
-    found = [number for number, line in enumerate(lines) if holds_password(line)]
-    for number in found:
-        lines[number] = redact_uri(lines[number])
-    return "\n".join(lines).encode(errors="surrogateescape"), len(found)
+    redacted = [redact_uri(line) for line in lines]
+    count = sum(before != after for before, after in zip(lines, redacted, strict=True))
+    return "\n".join(redacted).encode(errors="surrogateescape"), count
 
 
 def _read_untracked(git: Git, state: RepositoryState, without: Sequence[Path]) -> None:

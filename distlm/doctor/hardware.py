@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distlm.devices import visible_gpu_count
-from distlm.doctor import Finding
+from distlm.devices import nvidia_gpu_count, visible_gpu_count
+from distlm.doctor import Finding, findings
 
 _TORCH_TIMEOUT_S = 120.0
 _NVIDIA_SMI_TIMEOUT_S = 15.0
@@ -38,17 +38,21 @@ print(json.dumps({
 
 def check_hardware() -> Iterator[Finding]:
     gpu_count = visible_gpu_count()
-    yield from _check_gpus(gpu_count)
-    yield _check_cores(gpu_count)
-    yield _check_memory()
-    yield _check_shared_memory()
-    yield _check_open_files()
+    yield from findings(
+        {
+            "GPUs": lambda: _check_gpus(gpu_count),
+            "CPU": lambda: _check_cores(gpu_count),
+            "memory": _check_memory,
+            "/dev/shm": _check_shared_memory,
+            "open files": _check_open_files,
+        }
+    )
 
 
 def _check_gpus(count: int | None) -> Iterator[Finding]:
     """`count`: None: AMD GPUs, which only torch can count."""
     driver = _nvidia_smi()
-    hidden = " (CUDA_VISIBLE_DEVICES hides some)" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+    hidden = " (CUDA_VISIBLE_DEVICES hides some)" if count is not None and count < nvidia_gpu_count() else ""
     if count == 0:
         yield Finding("ok", "GPUs", f"none; workers compute on the CPU{hidden}")
     else:
@@ -57,7 +61,9 @@ def _check_gpus(count: int | None) -> Iterator[Finding]:
         return
     torch, problem = _ask_torch()
     if torch is None:
-        advice = "reinstall it: pip install --force-reinstall 'distlm[train]'"
+        advice = (
+            "reinstall it alone: pip install --force-reinstall torch (for GPUs with the --index-url of a CUDA build)"
+        )
         yield Finding("missing", "torch on this machine", f"cannot be imported: {problem}", advice)
     elif count == 0:
         build = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build"
@@ -92,13 +98,15 @@ def _ask_torch() -> tuple[dict[str, Any] | None, str]:
     """What torch knows of CUDA, and why it is not known."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=_TORCH_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, errors="replace",
+            timeout=_TORCH_TIMEOUT_S, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer, ""
     except subprocess.TimeoutExpired:
         return None, f"no answer in {_TORCH_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        return None, error.strerror or str(error)
     except (ValueError, IndexError):
         return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import NamedTuple
 
-from distlm.doctor import Finding
+from distlm.doctor import Finding, findings
 
 _INSTALL = "pip install 'distlm[train]'"
 _TIMEOUT_S = 30.0
@@ -62,9 +63,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_software() -> Iterator[Finding]:
-    yield from _check_packages()
-    yield _check_compiler()
-    yield _check_git()
+    return findings({"packages": _check_packages, "C++ compiler": _check_compiler, "git": _check_git})
 
 
 def _check_packages() -> Iterator[Finding]:
@@ -106,15 +105,21 @@ def _check_compiler() -> Finding:
         "deepspeed.offload_optimizer_device, offload_param_device and training.torch_compile need one: install g++ (on "
         "Debian and Ubuntu: the package build-essential), or set CXX"
     )
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
-    if compiler is None:
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))  # such as: ccache g++
+    except ValueError as error:
+        return Finding("warning", subject, f"CXX = {os.environ['CXX']}: {error}", "correct it, or unset it")
+    names = [chosen, ["c++"], ["g++"], ["clang++"]]
+    command = next(([found, *name[1:]] for name in names if name and (found := shutil.which(name[0]))), None)
+    if command is None:
         return Finding("warning", subject, "none found", advice)
+    compiler = shlex.join(command)
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "one.cpp")
             source.write_text("#include <vector>\nint main() { return int(std::vector<int>().size()); }\n")
-            _run(compiler, str(source), "-o", str(source.with_suffix("")))
-        return Finding("ok", subject, f"{compiler}: {_run(compiler, '--version').splitlines()[0]}")
+            _run(*command, str(source), "-o", str(source.with_suffix("")))
+        return Finding("ok", subject, f"{compiler}: {_run(*command, '--version').splitlines()[0]}")
     except subprocess.CalledProcessError as error:
         reason = ([line for line in error.stderr.splitlines() if "error" in line] or ["no reason given"])[0]
         return Finding("warning", subject, f"{compiler} does not compile: {reason}", advice)
@@ -131,6 +136,7 @@ def _check_git() -> Finding:
 
 def _run(*command: str) -> str:
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL
-    )
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=_TIMEOUT_S,
+        stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"},
+    )  # fmt: skip
     return done.stdout

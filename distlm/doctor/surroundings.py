@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from distlm.doctor import Finding
+from distlm.doctor import Finding, findings
 from distlm.redact import redact_uri
 from distlm.temporary import stale_temporary_roots, temporary_base
 
@@ -23,17 +24,25 @@ _SCHEMES = {"http": 80, "https": 443}
 
 
 def check_surroundings(runs_dir: Path) -> Iterator[Finding]:
-    yield from _check_runs_dir(runs_dir.absolute())
-    yield from _check_temporary_folder()
-    yield _check_loopback()
-    yield _check_ui_port()
-    yield from _check_ray_address()
-    yield from _check_tracking_uri()
+    return findings(
+        {
+            "runs folder": lambda: _check_runs_dir(runs_dir.absolute()),
+            "temporary files": _check_temporary_folder,
+            "loopback network": _check_loopback,
+            f"port {_UI_PORT}": _check_ui_port,
+            "RAY_ADDRESS": _check_ray_address,
+            "MLFLOW_TRACKING_URI": _check_tracking_uri,
+        }
+    )
 
 
 def _check_runs_dir(runs_dir: Path) -> Iterator[Finding]:
-    nearest = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     subject = "runs folder"
+    try:
+        nearest = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    except OSError as error:  # a parent that cannot be read, or a name that cannot be one
+        yield Finding("missing", subject, f"{runs_dir}: {error.strerror}", "choose another one: runs_dir in the config")
+        return
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         advice = "choose another one: runs_dir in the config"
         yield Finding("missing", subject, f"nothing can be written to {nearest}", advice)
@@ -63,8 +72,8 @@ def _check_temporary_folder() -> Iterator[Finding]:
     yield _room(subject, base, _LITTLE_TEMPORARY_GIB, "Ray's logs go there; set TMPDIR to a folder with more")
     stale = list(stale_temporary_roots())
     if stale:
-        paths = " ".join(map(str, stale))
-        yield Finding("warning", "killed runs", f"{len(stale)} folders of their Ray are left", f"rm -r {paths}")
+        remove = shlex.join(["rm", "-r", *map(str, stale)])
+        yield Finding("warning", "killed runs", f"{len(stale)} folders of their Ray are left", remove)
 
 
 def _room(subject: str, folder: Path, little_gib: float, advice: str) -> Finding:

@@ -36,7 +36,7 @@ def make_event(kind: str, **fields: Any) -> dict[str, Any]:
 
 def encode_event(event: Event) -> str:
     """One line of JSON; numbers that JSON has not are the strings NaN, Infinity and -Infinity, as in metrics.jsonl."""
-    return json.dumps(finite(event), ensure_ascii=False) + "\n"
+    return json.dumps(finite(event)) + "\n"
 
 
 def decode_event(line: str) -> Event:

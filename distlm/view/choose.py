@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from io import TextIOWrapper
 from typing import TextIO
 
 from distlm.errors import InputError, Problem
@@ -22,17 +21,14 @@ VIEW_VARIABLE = "DISTLM_VIEW"
 
 def make_view(as_json: bool) -> View:
     """A view on standard output. Raises InputError where DISTLM_VIEW names none."""
-    stream = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed by whoever started us
-    if isinstance(stream, TextIOWrapper):  # a character that the locale has not is no reason to lose a line
-        stream.reconfigure(encoding="utf-8" if as_json else None, errors="replace")
     if as_json:
-        return JsonView(stream)
+        return JsonView(sys.stdout)
     wanted = check_view()
-    if wanted == "live" or (not wanted and _suits_live(stream)):
+    if wanted == "live" or (not wanted and _suits_live(sys.stdout)):
         from distlm.view.live import LiveView  # rich takes 0.1 s to import
 
-        return LiveView(stream)
-    return PlainView(stream)
+        return LiveView(sys.stdout)
+    return PlainView(sys.stdout)
 
 
 def check_view() -> str:

@@ -19,14 +19,41 @@ _WORDS = {ExitCode.PREEMPTED: "preempted", ExitCode.CANCELLED: "cancelled"}
 
 def ending(run: RunFolder, result: Mapping[str, Any]) -> list[str]:
     """The lines for people; of a failure, the first one has its rank, host, cause, the key to change and the log."""
-    code = ExitCode(result["exit_code"])
-    if code == ExitCode.SUCCEEDED:
+    if result["exit_code"] == ExitCode.SUCCEEDED:
         return [f"succeeded: model in {os.path.relpath(run.model)}; curves: {command(run, 'ui')}"]
+    if result["problems"]:
+        return what_happened(result)
+    then = "; ".join(f"{what_for}: {what}" for what_for, what in next_steps(run, result))
+    return [*what_happened(result), then if result["exit_code"] in _WORDS else f"  {then}"]
+
+
+def what_happened(result: Mapping[str, Any]) -> list[str]:
+    """The lines about an attempt that did not succeed, without what to do next. Raises KeyError, TypeError, ValueError
+    or AttributeError for a damaged result."""
+    code = ExitCode(result["exit_code"])
     if result["problems"]:
         return [str(Problem.from_json(problem)) for problem in result["problems"]]
     if code in _WORDS:
-        return [f"{_WORDS[code]}: {result['message']}", f"resume with: {command(run, 'resume')}"]
-    return [_first_line(result), *(f"  {line}" for line in (*_followers(result), _next(run, result)))]
+        return [f"{_WORDS[code]}: {result['message']}"]
+    return [_first_line(result), *(f"  {line}" for line in _followers(result))]
+
+
+def next_steps(run: RunFolder, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What one may want to do after an attempt, and the command for it, the likeliest first."""
+    resume, resume_otherwise = command(run, "resume"), command(run, "resume", "KEY=VALUE")
+    anew = command(run, "submit", "KEY=VALUE")
+    match result.get("exit_code"), result.get("cause"):
+        case ExitCode.SUCCEEDED, _:
+            return [("export", command(run, "export", "DIR"))]
+        case ExitCode.BAD_INPUT, _:
+            return [("resume with what is right", resume_otherwise)]
+        case ExitCode.FAILED, Cause.DIVERGENCE:
+            return [("start anew with other values", anew)]
+        case ExitCode.FAILED, Cause.OUT_OF_MEMORY:
+            return [("start anew", anew), ("or resume with more sharding or workers", resume_otherwise)]
+        case ExitCode.FAILED, _:
+            return [("when that is mended, resume with", resume)]
+    return [("resume with", resume)]
 
 
 def command(run: RunFolder, verb: str, *arguments: str) -> str:
@@ -74,15 +101,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         members = [number for _, number in group]
         parts.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
     return ", ".join(parts)
-
-
-def _next(run: RunFolder, result: Mapping[str, Any]) -> str:
-    """The command to go on with. What would fail again is to be mended first."""
-    if result["exit_code"] != ExitCode.FAILED:
-        return f"resume with: {command(run, 'resume')}"
-    if result.get("cause") == Cause.DIVERGENCE:
-        return f"start anew with other values: {command(run, 'submit')}"
-    if result.get("cause") == Cause.OUT_OF_MEMORY:
-        anew, resumed = command(run, "submit", "KEY=VALUE"), command(run, "resume", "KEY=VALUE")
-        return f"start anew: {anew}; or resume with more sharding or workers: {resumed}"
-    return f"when that is mended, resume with: {command(run, 'resume')}"

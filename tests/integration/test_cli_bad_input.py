@@ -137,7 +137,8 @@ def test_a_broken_config_is_refused_with_its_line(
         ("max_steps=3", "max_steps = 3: unknown key; did you mean training.max_steps?"),
         ("training.max_steps.x=3", "training.max_steps.x = 3: training.max_steps is a plain value and has no keys below it"),
         ("data.train.1.paths=[a]", "data.train.1.paths = [a]: data.train is a list of 1; use an index below that"),
-        ("data.train.0.paths=[*.txt]", "data.train.0.paths = [*.txt]: the value is not valid YAML; quote it"),
+        ("data.train.0.paths=[*.txt]", "data.train.0.paths = [*.txt]: the value is not valid YAML; quote it (expected alphabetic or numeric "
+         "character, but found '.')"),
         (r'training.max_steps="a\n\e[31mb"', r"training.max_steps = a\x0a\x1b[31mb: must be a valid integer"),
         ("training=null", "training: must be a valid dictionary of keys and values"),
         ("training.lr_scheduler_kwargs={power: [1]}", "training.lr_scheduler_kwargs.power: must be a valid number"),

@@ -138,7 +138,7 @@ class TestFailures:
         first, *others = command.err.splitlines()
         assert "failed on all 2 ranks alike: divergence: the loss is nan at step 5; " in first
         assert "lower training.learning_rate (1e+30)" in first
-        assert others == [f"distlm:   start anew with other values: distlm submit run:{command.run.run_id}"]
+        assert others == [f"distlm:   start anew with other values: distlm submit run:{command.run.run_id} KEY=VALUE"]
         assert not CheckpointStore(command.run.checkpoints).checkpoints()
 
     def test_memory_that_runs_out(self, place: Place, memory_limit: Path) -> None:

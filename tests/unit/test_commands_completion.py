@@ -69,6 +69,12 @@ def test_verbs_runs_files_and_options(place: Path) -> None:
         assert (sorted(found) if "conf" in line else found) == expected, line  # the file system orders files
 
 
+def test_a_copy_of_a_run_is_offered_behind_the_runs(place: Path) -> None:
+    (place / "runs" / run_id(0)).rename(place / "runs" / "old-backup")
+    (found,) = completions(place, "distlm status ")
+    assert found == [run_id(2), run_id(1), "old-backup", "last"]
+
+
 def test_overrides(place: Path) -> None:
     keys, stages, switch, optional, of_a_list, kinds, free, section = completions(
         place,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import clean_environment, distlm, parsed
+from made_runs import clean_environment, distlm, make_attempt, make_run, parsed
 
 from distlm.doctor.hardware import check_hardware
 from distlm.doctor.software import Requirement, check_package, check_software, is_within, parse_requirement
@@ -78,7 +79,7 @@ def test_packages() -> None:
 def test_this_machine_can_train(tmp_path: Path) -> None:
     text = distlm("doctor", cwd=tmp_path)
     assert text.returncode == ExitCode.SUCCEEDED, text.stdout
-    assert "missing" not in text.stdout.splitlines()[:-1] and text.stderr == ""
+    assert not any(line.startswith("missing") for line in text.stdout.splitlines()) and text.stderr == ""
     found = by_subject(parsed(distlm("doctor", "--json", cwd=tmp_path)))
     assert {"Python", "torch", "ray", "rich", "C++ compiler", "git", "GPUs", "CPU", "memory", "/dev/shm"} <= {*found}
     assert found["torch"]["found"] == distribution("torch").version
@@ -87,8 +88,9 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists(), "it only looks"
 
 
-def test_the_base_install_says_what_to_install(tmp_path: Path) -> None:
-    """An interpreter that sees the packages of the base install only."""
+@pytest.fixture
+def base_install(tmp_path: Path) -> dict[str, str]:
+    """The environment of an interpreter that sees the packages of the base install only, if it is started with -S."""
     base = tmp_path / "base"
     base.mkdir()
     for name in (
@@ -101,15 +103,28 @@ def test_the_base_install_says_what_to_install(tmp_path: Path) -> None:
                 (base / top.name).symlink_to(top)
     if not (base / "distlm").exists():
         (base / "distlm").symlink_to(Path(__file__).parents[2] / "distlm")
-    environment = clean_environment(tmp_path, PYTHONPATH=str(base))
+    return clean_environment(tmp_path, PYTHONPATH=str(base))
+
+
+def test_the_base_install_says_what_to_install(tmp_path: Path, base_install: dict[str, str]) -> None:
     command = [sys.executable, "-S", "-m", "distlm.cli", "doctor", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=base_install, capture_output=True, text=True)
     assert done.returncode == ExitCode.INFRASTRUCTURE, done.stderr
     found = by_subject(json.loads(done.stdout))
     assert found["pydantic"]["verdict"] == "ok"
     for name in ("torch", "ray", "mlflow"):
         assert (found[name]["verdict"], found[name]["advice"]) == ("missing", "pip install 'distlm[train]'")
     assert "torch on this machine" not in found
+
+
+def test_the_base_install_does_not_go_on_where_it_cannot(tmp_path: Path, base_install: dict[str, str]) -> None:
+    run = make_run(tmp_path / "runs")
+    make_attempt(run)
+    # -S is not handed on to what `distlm sync` becomes, so that is started here.
+    command = [sys.executable, "-S", "-m", "distlm.commands.data_plane", "distlm.tracking.sync", str(run.path)]
+    done = subprocess.run(command, cwd=tmp_path, env=base_install, capture_output=True, text=True)
+    assert done.returncode == ExitCode.BAD_INPUT
+    assert done.stderr == "distlm: mlflow is not installed here; run: pip install 'distlm[train]'\n"
 
 
 def test_without_compiler_and_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +143,69 @@ def test_without_compiler_and_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         found = {one.subject: one for one in check_software()}
         assert found["C++ compiler"].verdict == "warning" and expected in found["C++ compiler"].found
         assert found["git"].verdict == "warning"
+
+
+def test_a_compiler_with_arguments_and_in_another_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "my c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$LC_ALL" = C ] || { echo "Fehler" >&2; exit 1; }\n[ "$1" = -O1 ] && shift && exec c++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("CXX", f"'{script}' -O1")
+    found = {one.subject: one for one in check_software()}
+    assert found["C++ compiler"].verdict == "ok" and str(script) in found["C++ compiler"].found
+    script.write_text("#!/bin/sh\nprintf 'error: \\377\\n' >&2; exit 1\n")
+    found = {one.subject: one for one in check_software()}
+    assert "does not compile: error: " in found["C++ compiler"].found, "not in UTF-8"
+    monkeypatch.setenv("CXX", "'no end")
+    assert "C++ compiler" in {one.subject for one in check_software()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("#!/nowhere/sh\n", "No such file"), ("#!/bin/sh\nprintf '\\377' >&2; exit 3\n", "cannot be imported: \ufffd")],
+)
+def test_a_python_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    pytest.importorskip("torch")
+    script = tmp_path / "python"
+    script.write_text(text)
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    found = {one.subject: one for one in check_hardware()}["torch on this machine"]
+    assert found.verdict == "missing" and expected in found.found
+    assert "pip install --force-reinstall torch" in found.advice and "distlm" not in found.advice
+
+
+def test_what_the_system_refuses_ends_no_other_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    long = tmp_path / ("x" * 300)
+    found = {one.subject: one for one in check_surroundings(long / "runs")}
+    assert "port 5000" in found and found["runs folder"].verdict == "missing", "no folder can have that name"
+    # As where a parent cannot be read, which root always can.
+    monkeypatch.setattr(shutil, "disk_usage", refused)
+    found = {one.subject: one for one in check_surroundings(tmp_path)}
+    assert found["runs folder"].verdict == "warning" and "Permission denied" in found["runs folder"].found
+    assert {"temporary files", "loopback network", "port 5000"} <= {*found}
+    monkeypatch.setattr(resource, "getrlimit", refused)
+    found = {one.subject: one for one in check_hardware()}
+    assert "Permission denied" in found["open files"].found and {"GPUs", "CPU", "memory", "/dev/shm"} <= {*found}
+
+
+@pytest.mark.parametrize(("visible", "hides"), [(None, False), ("0,1", False), ("1", True), ("", True)])
+def test_gpus_are_hidden_only_where_some_are(monkeypatch: pytest.MonkeyPatch, visible: str | None, hides: bool) -> None:
+    """As on a machine with two GPUs."""
+    monkeypatch.setattr("distlm.devices.glob.glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1"])
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = {one.subject: one for one in check_hardware()}
+    assert ("CUDA_VISIBLE_DEVICES hides some" in found["GPUs"].found) is hides
 
 
 def test_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +255,7 @@ def short_temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_what_killed_runs_have_left(short_temporary: Path, tmp_path: Path) -> None:
-    killed, new = short_temporary / "distlm-killed", short_temporary / "distlm-new"
+    killed, new = short_temporary / "distlm-killed one", short_temporary / "distlm-new"
     for folder in (killed, new, short_temporary / "another"):
         folder.mkdir()
     (killed / ".made-by-distlm").touch()
@@ -187,7 +265,7 @@ def test_what_killed_runs_have_left(short_temporary: Path, tmp_path: Path) -> No
             os.utime(folder, (0, 0))
         assert list(stale_temporary_roots()) == [killed]
         (finding,) = [one for one in check_surroundings(tmp_path) if one.subject == "killed runs"]
-        assert (finding.verdict, finding.advice) == ("warning", f"rm -r {killed}")
+        assert (finding.verdict, finding.advice) == ("warning", f"rm -r '{killed}'")
     assert not used.exists() and list(stale_temporary_roots()) == [killed]
 
 

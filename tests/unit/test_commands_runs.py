@@ -31,11 +31,14 @@ from made_runs import (
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.cli import main
-from distlm.errors import ExitCode
+from distlm.commands.find import find_run
+from distlm.errors import Cause, ExitCode, Problem
 from distlm.metrics_file import encode_line, read_backwards, read_lines
+from distlm.outcome import Follower, Outcome, write_result
 from distlm.run_folder import RunFolder, lease, lease_holder, read_json, write_json
 from distlm.run_status import newest_metrics, run_status
 from distlm.tracking.records import Record
+from distlm.view.ending import ending
 from distlm.view.table import Column, table
 
 
@@ -228,6 +231,30 @@ def test_list_is_newest_first_and_limited(runs_dir: Path, capsys: pytest.Capture
     }  # fmt: skip
 
 
+def test_the_newest_run_is_a_run(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And no folder beside it whose name sorts behind, such as a copy that somebody has made."""
+    runs = [make_run(runs_dir, number) for number in range(2)]
+    for name in ("old-backup", f"{runs[0].run_id}-backup", f"{runs[1].run_id}.bak", "99999999-999999-abcdef"):
+        shutil.copytree(runs[0].path, runs_dir / name)
+    assert find_run(Path("runs"), "last") == runs[1]
+    assert find_run(Path("runs"), "old").path == runs_dir / "old-backup"
+    first, second, *others = json.loads(out_of(capsys, "list", "--json"))
+    assert [first["run_id"], second["run_id"]] == [runs[1].run_id, runs[0].run_id]
+    assert len(others) == 4, "they are listed, behind"
+    for run in runs:
+        shutil.rmtree(run.path)
+    assert "there is no run last in runs (newest runs: " in out_of(capsys, "status", "last", code=ExitCode.BAD_INPUT)
+
+
+def test_attempts_are_what_has_a_number(runs_dir: Path) -> None:
+    run = make_run(runs_dir)
+    for name in ("001", "002", "999", "1000", "001-copy", "0099.old"):
+        (run.path / "attempts" / name).mkdir(parents=True)
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 999, 1000]
+    assert run.new_attempt().number == 1001
+    assert make_attempt(run).number == 1002, "as a resume does"
+
+
 def test_no_runs(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out_of(capsys, "list").startswith("no runs in runs")
     assert json.loads(out_of(capsys, "list", "--json")) == []
@@ -382,13 +409,76 @@ def test_status_says_everything(
     }  # fmt: skip
 
 
-def test_a_variable_that_is_not_set_here_hides_nothing_else(
+def test_a_variable_that_is_not_set_here_hides_nothing(
     resumed: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORD", raising=False)
     told = json.loads(out_of(capsys, "status", "last", "--json"))
-    assert told["tracking_uri"] == "https://***@host/x" and told["step"] == 20
-    assert any("WORD is not set" in text for text in told["damaged"])
+    assert (told["tracking_uri"], told["mlflow_run_id"], told["step"]) == ("https://***@host/x", "0123abcd", 20)
+    assert not any("WORD" in text for text in told["damaged"])
+    page = out_of(capsys, "status", "last")
+    assert "https://***@host/x (run 0123abcd)" in page and "WORD" not in page
+
+
+@pytest.mark.parametrize(
+    "tracking",
+    ["{report_to: 5}", "{report_to: [mlflow], tracking_uri: 5}", "{report_to: [mlflow], tracking_uri: [a]}", "5"],
+)
+def test_odd_values_of_tracking_are_no_traceback(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], tracking: str
+) -> None:
+    run = make_run(runs_dir)
+    make_attempt(run)
+    run.run_yaml.write_text(f"tracking: {tracking}\n")
+    assert json.loads(out_of(capsys, "status", "last", "--json"))["run_id"] == run.run_id
+    out_of(capsys, "status", "last")
+    assert main(["ui", "last", "--port", "1"]) == ExitCode.BAD_INPUT
+    assert "Traceback" not in capsys.readouterr().err
+
+
+RESUME, ANEW = f"distlm resume {run_id()}", f"distlm submit run:{run_id()} KEY=VALUE"
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "expected"),
+    [
+        (ExitCode.FAILED, Cause.DIVERGENCE, [ANEW]),
+        (ExitCode.FAILED, Cause.OUT_OF_MEMORY, [ANEW, f"{RESUME} KEY=VALUE"]),
+        (ExitCode.FAILED, Cause.CODE, [RESUME]),
+        (ExitCode.INFRASTRUCTURE, Cause.NODE_LOST, [RESUME]),
+        (ExitCode.PREEMPTED, Cause.PREEMPTION, [RESUME]),
+        (ExitCode.CANCELLED, Cause.CANCELLATION, [RESUME]),
+        (ExitCode.BAD_INPUT, Cause.CONFIGURATION, [f"{RESUME} KEY=VALUE"]),
+    ],
+)
+def test_status_says_what_the_command_said_at_its_end(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], code: ExitCode, cause: Cause, expected: list[str]
+) -> None:
+    run = make_run(runs_dir)
+    attempt = make_attempt(run)
+    lost = [Follower(rank, "Connection closed by peer") for rank in (0, 2)]
+    outcome = Outcome(code, "the reason", 1, "node1", "trace", cause, "bert.py:9 in f", "lower a.key", lost)
+    problems = [Problem("no such key", "seeed", "1", "a.yaml:3").to_json()] if code == ExitCode.BAD_INPUT else []
+    write_result(attempt, outcome, 0.0, problems)
+    said = ending(run, read_json(attempt.result_json))
+    told = json.loads(out_of(capsys, "status", "last", "--json"))
+    assert told["next"] == expected and told["attempts"][0]["message"] == "the reason"
+    page = out_of(capsys, "status", "last")
+    assert [line for line in page.splitlines() if line.startswith("next: ")] == [f"next: {line}" for line in expected]
+    if problems:
+        assert "a.yaml:3: seeed = 1: no such key" in page
+        return
+    *what, how = said
+    assert "\n".join(f"  {line}" for line in what) in page
+    assert all(command in how for command in expected), "the same ones"
+
+
+def test_next_of_a_result_that_says_nothing(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(runs_dir)
+    attempt = make_attempt(run)
+    attempt.result_json.write_text("{")
+    told = json.loads(out_of(capsys, "status", "last", "--json"))
+    assert (told["state"], told["next"]) == ("unknown", []), "resume is refused"
 
 
 def test_the_next_command_works_from_here(runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

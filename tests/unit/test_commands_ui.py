@@ -172,6 +172,15 @@ def test_the_environment_names_the_server(tmp_path: Path) -> None:
     assert parsed(distlm("ui", "last", "--json", cwd=tmp_path, env=environment))["url"] == "http://127.0.0.1:2"
 
 
+def test_commands_that_are_named_work_from_here(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "others", tracking={"tracking_uri": "http://127.0.0.1:1"})
+    bare = make_run(tmp_path / "others", 1, tracking={"report_to": []})
+    done = distlm("ui", run.run_id, "--runs-dir", "others", cwd=tmp_path)
+    assert f"(distlm sync others/{run.run_id} sends what is missing)" in done.stdout
+    done = distlm("ui", bare.run_id, "--runs-dir", "others", cwd=tmp_path)
+    assert done.stderr.endswith(f"distlm status others/{bare.run_id}\n")
+
+
 def test_what_has_no_ui(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     assert "no embedded MLflow store in runs" in distlm("ui", cwd=tmp_path).stderr

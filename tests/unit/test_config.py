@@ -197,6 +197,11 @@ def test_all_problems_are_listed_at_once_also_those_between_keys(tmp_path: Path)
         ("seed: 1\nname: x\nseed: 2\n", 3, "given twice, first in line 1"),
         ("a: &x [*x]\n", None, "refers to itself"),
         ("a: \x00\n", 1, "not valid YAML"),
+        ("a: !!int x\n", 1, "not valid YAML: invalid literal for int"),
+        ("a: 1\nb: !!timestamp 2024-99-99\n", 2, "not valid YAML: month must be in 1..12"),
+        (f"a: {'9' * 5000}\n", 1, "not valid YAML: Exceeds the limit"),
+        (f"a: {'[' * 200}{']' * 200}\n", None, "nested too deeply"),
+        (f"a: {'[' * 5000}\n", None, "nested too deeply"),
     ],
 )
 def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str, line: int | None, advice: str) -> None:
@@ -238,12 +243,34 @@ def test_overrides_win_and_reach_into_lists(tmp_path: Path) -> None:
         ("data.train.9.source=x", "list of 1"),
         ("training.max_steps=[1", "not valid YAML"),
         ("traning.max_steps=1", "did you mean training?"),
+        ("seed=!!int x", "not valid YAML"),
+        ("name=!!timestamp 2024-99-99", "not valid YAML"),
+        (f"seed={'9' * 5000}", "not valid YAML"),
+        ("data.train={a: &x [*x]}", "refers to itself"),
+        (f"name={'[' * 5000}", "nested too deeply"),
+        (f"model.config.a={'[' * 200}{']' * 200}", "nested too deeply"),
+        (f"name{'.x' * 2000}=1", "write key.sub=value"),
+        ("model.config={a: 1, a: 2}", "is given twice"),
+        ("data.train.\u00b2=1", "list of 1"),
+        (f"data.train.{'9' * 5000}=1", "list of 1"),
+        ("name=!!python/name:os.system x", "no tags"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, advice: str) -> None:
     found = problems(tmp_path, VALID, override)
     assert found[0].location == "command line"
     assert advice in found[0].message
+
+
+@pytest.mark.parametrize("value", ["!!int x", "9" * 5000, "[" * 5000, "&x [*x]"])
+def test_what_an_environment_variable_holds_is_refused_as_text(tmp_path: Path, value: str) -> None:
+    (problem,) = problems(tmp_path, VALID, "training.max_steps=${STEPS}", STEPS=value)
+    assert (problem.key, problem.value) == ("training.max_steps", "${STEPS}")
+
+
+def test_keys_that_look_like_numbers(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, VALID + "\u00b2: 1\n")
+    assert problem.key == "\u00b2" and "unknown key" in problem.message
 
 
 def test_environment_variables_are_expanded_where_used_and_kept_where_stored(tmp_path: Path) -> None:
@@ -363,6 +390,16 @@ class TestResume:
     def test_all_others_are_refused_by_name(self, tmp_path: Path, key: str, override: str) -> None:
         with pytest.raises(InputError, match=rf"{key}.*cannot be changed on resume"):
             changed_config(self.make_run(tmp_path), [override], contradictions)
+
+    def test_a_run_stays_in_its_folder(self, tmp_path: Path) -> None:
+        run = self.make_run(tmp_path)
+        with pytest.raises(InputError, match=r"runs_dir: cannot be changed on resume.* move .*distlm resume NEW/"):
+            changed_config(run, ["runs_dir=elsewhere"], contradictions)
+        # An older version took it, and went on in the same folder.
+        Attempt("local", "0", changes=["runs_dir=elsewhere", "training.max_steps=20"]).write(run.new_attempt())
+        loaded, changes = changed_config(run, ["resources.num_workers=2"], contradictions)
+        assert changes == ["training.max_steps=20", "resources.num_workers=2"]
+        assert loaded.config.runs_dir == "runs"
 
     def test_run_yaml_holds_every_key(self, tmp_path: Path) -> None:
         stored = flatten(yaml.safe_load(self.make_run(tmp_path).run_yaml.read_text()))

@@ -218,7 +218,7 @@ def test_an_error_of_all_ranks_is_said_once(run: RunFolder) -> None:
     outcome = Outcome(ExitCode.FAILED, "the loss is nan", 1, "node", "", Cause.DIVERGENCE, followers=same)
     first, *others = screen(run, outcome)
     assert first.startswith("failed on all 3 ranks alike: divergence: the loss is nan; log: ")
-    assert others == ["  start anew with other values: distlm submit run:20260131-235959-3fa9c1"]
+    assert others == ["  start anew with other values: distlm submit run:20260131-235959-3fa9c1 KEY=VALUE"]
 
 
 def test_a_run_elsewhere_is_resumed_with_its_folder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

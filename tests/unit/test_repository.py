@@ -112,6 +112,36 @@ def test_secrets_are_left_out(folder: Path) -> None:
     assert len(state.changed_files) == 5
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "https://ghp_hidden@github.com/o/r.git",
+        "https://host/x?a=1&token=hidden",
+        "mysql://u:pass/hidden@host",
+        *(f"key = '{prefix}{'hidden0' * 6}'" for prefix in ("hf_", "ghp_", "github_pat_", "sk-", "sk-proj-")),
+        *(f"key = '{prefix}HIDDEN0HIDDEN000'" for prefix in ("AKIA", "ASIA")),
+        "key = 'xoxb-123456789012-hidden'",
+    ],
+)
+def test_a_secret_in_a_line_is_left_out(folder: Path, line: str) -> None:
+    (folder / "train.py").write_text(f"# before\n{line}\n# behind\n")
+    state, diff = read_repository(folder)
+    assert b"hidden" not in diff.lower() and b"***" in diff
+    assert state.num_redacted_lines == 1
+    assert b"+# before\n" in diff and b"+# behind\n" in diff
+
+
+def test_code_without_secrets_is_recorded_as_it_is(folder: Path) -> None:
+    lines = (
+        "from hf_hub import x", "task-specific-parameters-of-the-model-1", "sk-learn", "a = b @ c", "url = 'http://host:80/x'",
+        "git@github.com:o/r.git", "model = 'hf-internal-testing/tiny-random-BertModel'", "AKIA", "d?a=1",
+    )  # fmt: skip
+    (folder / "train.py").write_text("\n".join(lines))
+    state, diff = read_repository(folder)
+    assert state.num_redacted_lines == 0
+    assert all(f"+{line}\n".encode() in diff for line in lines)
+
+
 def test_binary_and_large_files_are_left_out_and_named(folder: Path) -> None:
     (folder / "image.bin").write_bytes(bytes(reversed(range(256))))
     (folder / "large.txt").write_text("line of text\n" * 100_000)

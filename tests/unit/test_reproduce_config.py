@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distlm.cli import main
-from distlm.config.attempt import Attempt, begin_attempt, create_run
+from distlm.config.attempt import Attempt, begin_attempt, changed_config, create_run
 from distlm.config.load import load_config, parse_yaml
 from distlm.config.reproduce import original_of, reproduce
 from distlm.config.resolve import contradictions, resolved_tree
@@ -170,16 +170,37 @@ def test_run_yaml_is_a_config_of_its_own(
 
 
 def test_a_resolved_config_can_be_changed_by_overrides() -> None:
+    """And defaults that follow from other keys change with these."""
     run = make_run()
-    with pytest.raises(InputError, match=r"data\.validation_fraction = 0\.01: .* or set this to 0"):
-        reproduce(run, ["data.validation=[{source: python-docs}]"], contradictions)
-    overrides = ["data.validation=[{source: python-docs}]", "data.validation_fraction=0"]
-    assert reproduce(run, overrides, contradictions).changed == [
-        "data.validation = [{'source': 'python-docs'}] (was [])",
-        "data.validation_fraction = 0 (was 0.01)",
-    ]
-    constant = ["training.lr_scheduler_type=constant", "training.warmup_steps=0"]
-    assert reproduce(run, constant, contradictions).loaded.config.training.warmup_steps == 0
+    equal = reproduce(run, ["data.validation=[{source: python-docs}]"], contradictions)
+    assert equal.changed == ["data.validation = [{'source': 'python-docs'}] (was [])"]
+    assert equal.loaded.config.data.validation_fraction == 0
+    equal = reproduce(run, ["training.lr_scheduler_type=constant"], contradictions)
+    assert equal.loaded.config.training.warmup_steps == 0
+
+
+def test_a_run_of_an_older_version_is_taken_as_a_resume_takes_it() -> None:
+    """Its run.yaml holds defaults that have no meaning beside other keys, and lacks keys that are new."""
+    run = make_run("data.validation=[{source: python-docs}]", "training.lr_scheduler_type=constant", "name='1e5'")
+    tree = read_yaml(run.run_yaml)
+    tree["data"]["validation_fraction"], tree["training"]["warmup_steps"] = 0.01, 0.06
+    del tree["data"]["num_proc"], tree["data"]["train"][0]["weight"]
+    run.run_yaml.write_text(yaml.safe_dump(tree))  # the name without quotes
+    Attempt("local", "0", changes=["runs_dir=elsewhere"], working_directory=str(Path.cwd())).write(run.new_attempt())
+    resumed, _ = changed_config(run, [], contradictions)
+    equal = reproduce(run, [], contradictions)
+    assert equal.loaded.config == resumed.config and equal.loaded.config.name == "1e5"
+    assert (equal.changed, equal.warnings) == ([], [])
+    assert reproduce(run, ["seed=7"], contradictions).changed == ["seed = 7 (was 42)"]
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a", "{"])
+def test_a_damaged_run_yaml_is_refused(text: str) -> None:
+    run = make_run()
+    run.run_yaml.write_text(text)
+    for load in (lambda: reproduce(run, [], contradictions), lambda: changed_config(run, [], contradictions)):
+        with pytest.raises(InputError, match=r"run\.yaml"):
+            load()
 
 
 def test_defaults_that_depend_on_other_keys() -> None:

@@ -341,8 +341,10 @@ def python(terminal: Terminal, code: str, **environment: str) -> Iterator[subpro
     """A process on the terminal that runs `code`, with a view."""
     prelude = (
         "import signal, sys, time\n"
+        "from distlm.console import make_printable\n"
         "from distlm.view import make_event\n"
         "from distlm.view.choose import make_view\n"
+        "make_printable()\n"
         "view = make_view(as_json=False)\n"
         "view.show(make_event('begin', run_id='1', run_name='some name', attempt=1, folder='r', log='r/l', task='t',"
         " num_workers=2, zero_stage=2, mixed_precision='no', tracking=''))\n"
