@@ -9,7 +9,6 @@ Without a file: an attempt that is made up. Its numbers are those of no run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distlm.view import Event, View
+from distlm.view import Event, View, decode_event
 from distlm.view.choose import make_view
 
 RUN_ID = "20260131-235959-3fa9c1"
@@ -90,10 +89,7 @@ def made_up_attempt(total_steps: int = 600, step_s: float = 0.25, run_name: str 
 def read_events(path: Path) -> Iterator[Event]:
     with open(path, encoding="utf-8") as file:
         for line in file:
-            event = json.loads(line)
-            if "values" in event:  # null stands for what was not finite
-                event["values"] = {key: math.nan if value is None else value for key, value in event["values"].items()}
-            yield event
+            yield decode_event(line)
 
 
 def main() -> None:
