@@ -26,7 +26,7 @@ class Progress:
         else:
             self._view.show(make_event("note", message=text))
 
-    def phase(self, phase: Literal["ray", "prepare", "workers", "train", "export", "upload"], message: str) -> None:
+    def phase(self, phase: Literal["ray", "prepare", "workers", "export", "upload"], message: str) -> None:
         """What is being done from now on."""
         self._view.show(make_event("phase", phase=phase, message=message))
 

@@ -4,7 +4,7 @@ An event is a dictionary that JSON can hold, with `event`, its kind, and `time`,
 
     begin        run_id, run_name, attempt, folder, log, task, num_workers, zero_stage, mixed_precision, tracking
                  (where the curves are: a server's address, or the command that shows them; empty: nowhere)
-    phase        phase: ray, prepare, workers, train, export or upload; message       what is being done now
+    phase        phase: ray, prepare, workers, export or upload; message      what is being done now
     note         message
     warning      message
     preparation  stage, bytes_done, bytes_total (0: not known), num_documents, num_tokens   how far the data is
