@@ -66,7 +66,6 @@ def made_up_attempt(total_steps: int = 600, step_s: float = 0.25, run_name: str 
     yield event("training", 0, step=100, total_steps=total_steps, device="cuda")
     yield event("phase", phase="workers", message="starting 2 workers on cuda")
     yield event("warning", 5, message="MLflow does not answer (timed out); metrics are kept in the run's folder")
-    yield event("phase", 3, phase="train", message="training")
     for step in range(110, total_steps + 1, 10):
         loss = 2.1 + 7.8 * math.exp(-(step - 100) / 90) + noise.gauss(0, 0.04)
         speed = 182_000 + noise.gauss(0, 2_500)
