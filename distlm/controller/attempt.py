@@ -385,10 +385,12 @@ class AttemptController:
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
             recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
-        problem, num_requests = "", self.stop.num_requests
+        problem = ""
+        # Of a run that has not ended by a request, each one is to stop this; of others, the next one is.
+        num_requests = 0 if outcome.exit_code == ExitCode.SUCCEEDED else self.stop.num_requests
 
         def give_up() -> bool:
-            return self.stop.num_requests > num_requests  # by one that came while we waited
+            return self.stop.num_requests > num_requests
 
         timeout_s = _TRACKER_TIMEOUT_S_WHEN_STOPPED if self.stop.is_asked else _TRACKER_TIMEOUT_S
         try:

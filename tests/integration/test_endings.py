@@ -321,15 +321,18 @@ class TestStopping:
         assert "stopped before the first step was saved" in command.err
         assert "starting 2 workers" not in command.out and not place.mlflow_runs(command.run)
 
-    def test_ctrl_c_while_the_model_is_written(self, place: Place) -> None:
+    def test_ctrl_c_while_the_model_is_uploaded_keeps_the_success(self, place: Place) -> None:
         command = place.start("submit", "run.yaml", "training.max_steps=10")
-        command.wait_for("writing the model")
+        command.wait_for("uploading the model")
         command.process.send_signal(signal.SIGINT)
-        require_ended(place, command, ExitCode.CANCELLED, "KILLED", "cancellation")
-        assert "cancelled: stopped with step 10 saved (Ctrl-C)" in command.err
-        resumed = place.start("resume", command.run.run_id)
-        assert resumed.wait() == ExitCode.SUCCEEDED, (resumed.out, resumed.err)
-        assert (command.run.model / "config.json").is_file() and steps_reported(command.run) == [1, 5, 10]
+        assert command.wait(END_TIMEOUT_S) == ExitCode.SUCCEEDED, (command.out, command.err)
+        assert "warning: MLflow has not got everything (the upload was stopped)" in command.out
+        place.require_nothing_left(command.run)
+        found = place.mlflow_run(command.run)
+        assert found.info.status == "FINISHED" and not found.outputs.model_outputs
+        sync = place.start("sync", command.run.run_id)
+        assert sync.wait() == ExitCode.SUCCEEDED, (sync.out, sync.err)
+        assert len(place.mlflow_run(command.run).outputs.model_outputs) == 1
 
     def test_in_the_background(self, place: Place) -> None:
         command = place.start("submit", "run.yaml", *ENDLESS, "--detach")
