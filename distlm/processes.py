@@ -103,9 +103,11 @@ class OomKills:
         return before is not None and after is not None and after > before
 
 
-def count_oom_kills(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+def count_oom_kills(proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
     """How many processes the kernel has killed for want of memory; None: not known."""
-    for path in (*_memory_events(proc, groups), proc / "vmstat"):
+    names = ("memory.events", "memory.oom_control")  # of versions 2 and 1
+    told_in = (folder / name for folder in cgroups("memory", proc, mount) for name in names)
+    for path in (*told_in, proc / "vmstat"):
         try:
             lines = path.read_text().splitlines()
         except OSError:
@@ -115,22 +117,20 @@ def count_oom_kills(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
     return None
 
 
-def _memory_events(proc: Path, groups: Path) -> Iterator[Path]:
-    """Where the control group of this process tells it, for the versions 2 and 1 of control groups. In a container the
-    group's own path may be unknown outside, and the mount point is the group."""
+def cgroups(controller: str, proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")) -> Iterator[Path]:
+    """The folders of this process's control group and of those around it, of version 2 and 1. In a container some may
+    be unknown; the outermost one is then the container's."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            base, name = groups, "memory.events"
-        elif "memory" in controllers.split(","):
-            base, name = groups / "memory", "memory.oom_control"
-        else:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and controller not in controllers.split(","):
             continue
-        yield from (base / group.lstrip("/") / name, base / name)
+        root = mount if number == "0" else mount / controller
+        inner = root / path.lstrip("/")
+        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root))
 
 
 def _prctl(option: int, value: int) -> None:

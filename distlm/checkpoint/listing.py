@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
-from distlm.config.attempt import changes_so_far
-from distlm.config.load import with_overrides
+from distlm.config.attempt import current_tree
 from distlm.config.schema import TrainingConfig
 from distlm.errors import CheckpointError, InputError, UnknownFormatError
-from distlm.run_folder import RunFolder, read_yaml
+from distlm.run_folder import RunFolder
 from distlm.view.table import Column
 from distlm.view.table import table as text_table
 
@@ -64,8 +63,7 @@ def best_by(run: RunFolder) -> BestBy:
     damaged."""
     key, default = "metric_for_best_model", TrainingConfig.model_fields["metric_for_best_model"].default
     try:
-        tree = with_overrides(read_yaml(run.run_yaml), changes_so_far(run))
-        name = tree["training"].get(key, default)
+        name = current_tree(run)["training"].get(key, default)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run.run_yaml} or an attempt.yaml is damaged: {type(error).__name__}: {error}") from error
     return BestBy(f"eval/{name}", greater_is_better=name != "loss")

@@ -98,52 +98,46 @@ def _begin(
     run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace, first_events: Iterable[Event] = ()
 ) -> int:
     """Run an attempt to its end here, or begin it in the background."""
-    config = load_attempt(run, attempt).config
-    events = (begin_event(config, run, attempt), *first_events)
-    if not options.detach:
-        with signals_held():
-            return _wait(config, run, attempt, make_view(options.json), events, as_json=options.json)
-    view = make_view(options.json) if options.json else PlainView(sys.stdout)
-    for event in events:
-        view.show(event)
-    with open(attempt.output_log, "ab") as log:
-        background = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(run.path)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    follow = shlex.join(("tail", "-f", os.path.relpath(attempt.output_log)))
-    view.show(make_event("note", message=f"in the background; follow: {follow}; stop: kill {background.pid}"))
-    view.close()
+    begin = begin_event(load_attempt(run, attempt).config, run, attempt)
+    with signals_held():  # until there are handlers, here or in the background; never by the threads of a view
+        view = PlainView(sys.stdout) if options.detach and not options.json else make_view(options.json)
+        for event in (begin, *first_events):
+            view.show(event)
+        if not options.detach:
+            return _wait(run, attempt, view, options.json)
+        with open(attempt.output_log, "ab") as log:
+            background = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(run.path)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        follow = shlex.join(("tail", "-f", os.path.relpath(attempt.output_log)))
+        view.show(make_event("note", message=f"in the background; follow: {follow}; stop: kill {background.pid}"))
+        view.close()
     return ExitCode.SUCCEEDED
 
 
-def _wait(
-    config: RunConfig,
-    run: RunFolder,
-    attempt: AttemptFolder,
-    view: View,
-    first_events: Iterable[Event] = (),
-    as_json: bool = False,
-) -> int:
+def _wait(run: RunFolder, attempt: AttemptFolder, view: View, as_json: bool = False) -> int:
     """The exit code of an attempt, when it has ended and the user knows how."""
-    launcher = LocalLauncher()
+    launcher, config = LocalLauncher(), load_attempt(run, attempt).config
     try:
-        for event in first_events:
-            view.show(event)
         result = launcher.submit(launcher.build(config, run), attempt, view)
     finally:
         view.close()
     is_good = result["exit_code"] == ExitCode.SUCCEEDED
-    for line in ending(run, result) if not as_json else ():
+    for line in ending(run, result, _where_curves_are(config, run)) if not as_json else ():
         say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
     return int(result["exit_code"])
 
 
+def _where_curves_are(config: RunConfig, run: RunFolder) -> str:
+    """The address of a server, or the command that shows them; empty: nowhere but in the run's folder."""
+    if not config.tracking.report_to:
+        return ""
+    uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return redact_uri(uri) if uri else command(run, "ui")
+
+
 def begin_event(config: RunConfig, run: RunFolder, attempt: AttemptFolder) -> Event:
-    tracking = ""
-    if config.tracking.report_to:
-        uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        tracking = redact_uri(uri) if uri else command(run, "ui")
     return make_event(
         "begin",
         run_id=run.run_id,
@@ -155,7 +149,7 @@ def begin_event(config: RunConfig, run: RunFolder, attempt: AttemptFolder) -> Ev
         num_workers=config.resources.num_workers,
         zero_stage=config.deepspeed.zero_stage,
         mixed_precision=config.training.mixed_precision,
-        tracking=tracking,
+        tracking=_where_curves_are(config, run),
     )
 
 
@@ -163,7 +157,7 @@ def main(arguments: list[str]) -> int:
     def wait() -> int:
         run = RunFolder(Path(arguments[0]))
         attempt = run.attempts()[-1]
-        return _wait(load_attempt(run, attempt).config, run, attempt, PlainView(sys.stdout))
+        return _wait(run, attempt, PlainView(sys.stdout))
 
     return exit_code_of(wait)
 

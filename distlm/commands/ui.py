@@ -26,18 +26,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 from distlm.commands.find import find_run
-from distlm.config.attempt import changes_so_far
-from distlm.config.load import expanded, with_overrides
+from distlm.config.attempt import current_tree
+from distlm.config.load import expanded
 from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError, Problem
 from distlm.mlflow_store import choose_tracking_uri, embedded_store, mlflow_run_id
 from distlm.redact import redact_uri
-from distlm.run_folder import RunFolder, read_yaml
+from distlm.run_folder import RunFolder
+from distlm.stop_count import interrupted_by_signals
 from distlm.view.ending import command
 
 _START_TIMEOUT_S = 120.0
@@ -83,7 +83,7 @@ def ui(options: argparse.Namespace) -> int:
     _require_free_port(options.host, options.port)
     ended = "" if options.json else " (Ctrl-C ends it)"
     base = f"http://{_for_url(options.host)}:{options.port}"
-    with _interrupted_by_signals(), _server(uri, options.host, options.port) as (server, output):
+    with interrupted_by_signals(), _server(uri, options.host, options.port) as (server, output):
         _wait_until_it_answers(server, output, base)
         announce(base, f"MLflow UI{ended} on")
         server.wait()
@@ -93,7 +93,7 @@ def ui(options: argparse.Namespace) -> int:
 def _tracking_uri(run: RunFolder) -> str:
     """Where a run is recorded, as its last resume left it. Raises InputError."""
     try:
-        tracking = with_overrides(read_yaml(run.run_yaml), changes_so_far(run))["tracking"]
+        tracking = current_tree(run)["tracking"]
         is_in_mlflow, written = "mlflow" in tracking["report_to"], tracking["tracking_uri"]
         if not isinstance(written, (str, type(None))):
             raise TypeError("tracking.tracking_uri is no text")
@@ -134,21 +134,6 @@ def _require_free_port(host: str, port: int) -> None:
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM, and the end of the terminal, end this process as Ctrl-C does."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
-        numbers.append(signal.SIGHUP)
-    for number in numbers:  # SIGINT too: it is ignored in what a shell script has put into the background
-        signal.signal(number, interrupt)
-    yield
 
 
 @contextmanager

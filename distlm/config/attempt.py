@@ -88,7 +88,7 @@ def begin_attempt(loaded: LoadedConfig, run: RunFolder, overrides: list[str], **
 def load_attempt(run: RunFolder, folder: AttemptFolder) -> LoadedConfig:
     """The config of an attempt. Raises InputError, for example for an environment variable that is not set here."""
     attempt = Attempt.read(folder)
-    return load_tree(read_yaml(run.run_yaml), attempt.changes, origins=attempt.origins)
+    return load_tree(read_run_yaml(run), attempt.changes, origins=attempt.origins)
 
 
 def accepted_attempts(run: RunFolder) -> list[AttemptFolder]:
@@ -114,6 +114,11 @@ def read_run_yaml(run: RunFolder) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{run.run_yaml} is damaged: it is no mapping of keys to values")
     return tree
+
+
+def current_tree(run: RunFolder) -> dict[str, Any]:
+    """run.yaml as the run's last resume left it, `${VAR}` unexpanded. Raises InputError for damaged files."""
+    return with_overrides(read_run_yaml(run), changes_so_far(run))
 
 
 def written_tree(run: RunFolder, changes: Sequence[str]) -> dict[str, Any]:

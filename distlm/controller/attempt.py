@@ -401,7 +401,7 @@ class AttemptController:
             self.progress.say(f"warning: {error}")  # the cause of both, if it is one, is in the outcome
             return
         if not is_delivered:
-            problem = recorder.tracker_problem
+            problem = recorder.tracker_problem or "it was not waited for any longer"
         elif self._tracker and self.config.tracking.log_model and outcome.exit_code == ExitCode.SUCCEEDED:
             from distlm.tracking.model_upload import upload_once
 

@@ -39,7 +39,6 @@ _RAY_SETTINGS = {
 class Cluster:
     """A Ray that the controller is connected to."""
 
-    embedded: bool
     device: str
     """What workers compute on: cpu or cuda."""
     cpus_per_worker: int
@@ -88,7 +87,7 @@ def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
         if device == "auto":
             device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
         share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // config.resources.num_workers))
-        yield Cluster(False, device, config.resources.cpus_per_worker or (1 if device == "cuda" else share))
+        yield Cluster(device, config.resources.cpus_per_worker or (1 if device == "cuda" else share))
     finally:
         ray.shutdown()
 
@@ -131,7 +130,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
         _stop_ray(others)
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
-        yield Cluster(True, device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
+        yield Cluster(device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
     finally:
         _stop_ray(others)
 

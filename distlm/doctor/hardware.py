@@ -16,6 +16,7 @@ from typing import Any
 
 from distlm.devices import nvidia_gpu_count, visible_gpu_count
 from distlm.doctor import Finding, findings
+from distlm.processes import cgroups
 
 _TORCH_TIMEOUT_S = 120.0
 _NVIDIA_SMI_TIMEOUT_S = 15.0
@@ -141,7 +142,7 @@ def _cpu_flags() -> set[str]:
 def _cpu_quota() -> float | None:
     """Cores' worth of time that a cgroup allows; None: no limit."""
     found = []
-    for folder in _cgroups("cpu"):
+    for folder in cgroups("cpu"):
         try:
             if (folder / "cpu.max").exists():
                 quota, period = (folder / "cpu.max").read_text().split()
@@ -157,28 +158,13 @@ def _cpu_quota() -> float | None:
 def memory_limit_bytes() -> int | None:
     """What cgroups allow this process; None: no limit."""
     found = []
-    for folder in _cgroups("memory"):
+    for folder in cgroups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
                 found.append(int((folder / name).read_text()))
             except (OSError, ValueError):  # it is not there, or "max"
                 continue
     return min(found, default=None)
-
-
-def _cgroups(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those around it, of version 2 and 1."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and controller not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup", *([] if number == "0" else [controller]))
-        inner = root / path.lstrip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root))
 
 
 def _check_memory() -> Finding:

@@ -31,7 +31,7 @@ from distlm.outcome import Outcome, result_of, write_result
 from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
 from distlm.stop_count import STOP_SIGNALS, StopCount
-from distlm.view import View, decode_event, make_event
+from distlm.view import Event, View, decode_event, make_event
 
 _WORKER_GIB = 0.5
 _SYNC_TIMEOUT_S = 20.0
@@ -83,7 +83,9 @@ class LocalLauncher:
                 )
                 theirs.close()
                 signals.let_in()
-                _show_events(ours, view)
+                for event in _events(ours):
+                    oom_kills.sample()
+                    _show(event, view)
                 code = signals.controller.wait()
             result: dict[str, Any] | None = read_json(attempt.result_json)
             if result is None:
@@ -102,15 +104,20 @@ def require_packages() -> None:
         raise InputError(f"{', '.join(missing)} is not installed here; run: pip install 'distlm[train]'")
 
 
-def _show_events(connection: socket.socket, view: View) -> None:
-    """Show what the controller tells, until it has ended."""
+def _events(connection: socket.socket) -> Iterator[Event]:
+    """What the controller tells, until it has ended."""
     with connection.makefile("r", encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):  # else it died while it wrote
-                try:
-                    view.show(decode_event(line))
-                except Exception:  # noqa: BLE001 - a mistake in showing a run must not end it
-                    traceback.print_exc()
+                yield decode_event(line)
+
+
+def _show(event: Event, view: View) -> None:
+    """A mistake in showing a run must not end it."""
+    try:
+        view.show(event)
+    except Exception:  # noqa: BLE001 - whatever it is
+        traceback.print_exc()
 
 
 def _with_place(problem: Problem) -> str:
@@ -186,6 +193,9 @@ def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
 
 def _tell_mlflow(attempt: AttemptFolder) -> None:
     """Else it would say RUNNING for ever. Where it does not answer, `distlm sync` does the same later."""
-    command = [sys.executable, "-m", "distlm.tracking.sync", "--without-model", str(attempt.run.path)]
+    if not attempt.metrics_jsonl.exists():
+        return
+    sync = ("distlm.commands.data_plane", "distlm.tracking.sync", "--without-model", str(attempt.run.path))
+    command = [sys.executable, "-m", *sync]
     with open(attempt.controller_log, "ab") as log, suppress(subprocess.TimeoutExpired):
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=_SYNC_TIMEOUT_S)

@@ -1,13 +1,12 @@
-"""`python -m distlm.tracking.sync [--without-model] RUN_FOLDER`: send to MLflow what it lacks of a run."""
+"""Send to MLflow what it lacks of a run. Its `main` takes [--without-model] RUN_FOLDER: see commands/data_plane.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from distlm.config.attempt import load_attempt
+from distlm.config.attempt import accepted_attempts, load_attempt
 from distlm.config.schema import RunConfig
-from distlm.console import exit_code_of, say
+from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.metrics_file import cut_torn_line, encode_line, read_backwards
 from distlm.outcome import tracker_status
@@ -33,7 +32,7 @@ def connect_mlflow(config: RunConfig, run: RunFolder) -> MlflowTracker:
 
 def sync_run(run: RunFolder, *, with_model: bool = True) -> str:
     """Send everything that is missing; says what was sent. Raises DistlmError where that is not possible."""
-    if not (attempts := run.attempts()):
+    if not (attempts := accepted_attempts(run)):
         raise InputError(f"run {run.run_id} has no attempt yet, so there is nothing to send")
     config = load_attempt(run, attempts[-1]).config
     if "mlflow" not in config.tracking.report_to:
@@ -72,13 +71,5 @@ def _sync(run: RunFolder, tracker: Tracker) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    def command() -> int:
-        with_model = "--without-model" not in arguments
-        say(sync_run(RunFolder(Path(arguments[-1])), with_model=with_model))
-        return ExitCode.SUCCEEDED
-
-    return exit_code_of(command)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    say(sync_run(RunFolder(Path(arguments[-1])), with_model="--without-model" not in arguments))
+    return ExitCode.SUCCEEDED

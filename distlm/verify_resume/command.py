@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distlm.config.attempt import begin_attempt, changed_config, create_run
 from distlm.config.load import LoadedConfig, load_config
@@ -29,12 +28,12 @@ from distlm.errors import (
     ExitCode,
     InfrastructureError,
     InputError,
-    Preempted,
     Problem,
     TrainingError,
 )
-from distlm.launchers.local import LocalLauncher
-from distlm.run_folder import AttemptFolder, RunFolder, new_run_id, read_json
+from distlm.launchers.local import LocalLauncher, require_packages
+from distlm.run_folder import RunFolder, new_run_id
+from distlm.stop_count import interrupted_by_signals
 from distlm.verify_resume.compare import Piece, Verdict, compare
 from distlm.verify_resume.evidence import compare_states, read_device, read_piece, was_killed
 from distlm.verify_resume.report import table, verdict_text
@@ -95,6 +94,7 @@ def verify_resume(config: Path, overrides: list[str], steps: int, sizes: list[in
     users = load_config(config, overrides, launcher.check).config
     is_given, sizes = sizes is not None, sizes or default_sizes(users)
     plan = make_plan(steps, sizes)
+    require_packages()
     with folder_for_runs(Path(users.runs_dir), keep) as folder:
         overrides = [*overrides, *rehearsal_overrides(users, plan, folder.path)]
         for size in sorted(set(sizes)):  # what can be told from here is refused here, and not after the other runs
@@ -199,11 +199,12 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
         loaded, changes = changed_config(run, overrides, launcher.check)
     kill_in_step = planned.last_step + 1 if planned.is_killed else None
     attempt = begin_attempt(loaded, run, overrides, changes=changes, record_samples=True, kill_in_step=kill_in_step)
-    code = launcher.submit(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))["exit_code"]
+    result = launcher.submit(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))
+    code = ExitCode(result["exit_code"])
     if code == ExitCode.INFRASTRUCTURE and planned.is_killed and was_killed(attempt):
         say(f"a worker was killed in step {kill_in_step}, as planned")
     elif code != ExitCode.SUCCEEDED:
-        raise_failure(ExitCode(code), attempt)
+        raise_failure(result)
     elif planned.is_killed:
         raise InfrastructureError(f"no worker was killed in step {kill_in_step}; see {attempt.path}")
     return read_piece(attempt, planned.workers, planned.first_step, planned.last_step)
@@ -213,14 +214,12 @@ _FAILURES: dict[ExitCode, Callable[[str], DistlmError]] = {
     ExitCode.FAILED: TrainingError,
     ExitCode.BAD_INPUT: InputError,
     ExitCode.INFRASTRUCTURE: InfrastructureError,
-    ExitCode.PREEMPTED: Preempted,
-    ExitCode.CANCELLED: Cancelled,
 }
 
 
-def raise_failure(code: ExitCode, attempt: AttemptFolder) -> NoReturn:
-    """Pass on how an attempt ended otherwise than planned."""
-    result = read_json(attempt.result_json)
+def raise_failure(result: Mapping[str, Any]) -> NoReturn:
+    """Pass on how an attempt ended otherwise than planned: `result` is the content of its result.json."""
+    code = ExitCode(result["exit_code"])
     if result["problems"]:
         raise InputError(*map(Problem.from_json, result["problems"]))
     if code in (ExitCode.CANCELLED, ExitCode.PREEMPTED):
@@ -254,7 +253,7 @@ def folder_for_runs(runs_dir: Path, keep: bool) -> Iterator[_Folder]:
             Problem(f"cannot make a folder for runs: {error.strerror}", "runs_dir", str(runs_dir))
         ) from None
     try:
-        with _interrupted_by_signals():
+        with interrupted_by_signals():
             yield folder
     except (Cancelled, KeyboardInterrupt):
         raise
@@ -269,23 +268,6 @@ def folder_for_runs(runs_dir: Path, keep: bool) -> Iterator[_Folder]:
             say(f"the runs are in {os.path.relpath(folder.path)}")
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
-
-
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does: between two attempts they would end this process at once, and leave its
-    folder behind."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _joined(sizes: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ An event is a dictionary that JSON can hold, with `event`, its kind, and `time`,
     training     step, total_steps, device     the workers train from here: `step` is the last one done before;
                  device: cpu or cuda, and may be left out
     metrics      step, total_steps, values     train/..., throughput/..., memory/...; eval/...; time/checkpoint_s
-    stopping     message                       asked to stop: what happens now, and what asking again would do
+    stopping     message                       asked to stop: what happens now
     result       what result.json holds        always the last
 
 The controller sends them, the command that waits for it shows them: `distlm submit --json` prints them as they are.

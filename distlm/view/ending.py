@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from distlm.config.resolve import MAY_CHANGE_ON_RESUME
 from distlm.errors import Cause, ExitCode, Problem
 from distlm.run_folder import RunFolder
 
@@ -17,10 +18,11 @@ _MAX_CHARACTERS, _MAX_FOLLOWER_CHARACTERS = 400, 120
 _WORDS = {ExitCode.PREEMPTED: "preempted", ExitCode.CANCELLED: "cancelled"}
 
 
-def ending(run: RunFolder, result: Mapping[str, Any]) -> list[str]:
-    """The lines for people; of a failure, the first one has its rank, host, cause, the key to change and the log."""
+def ending(run: RunFolder, result: Mapping[str, Any], curves: str = "") -> list[str]:
+    """The lines for people; of a failure, the first one has its rank, host, cause, the key to change and the log.
+    `curves`: where they are; empty: nowhere but in the run's folder."""
     if result["exit_code"] == ExitCode.SUCCEEDED:
-        return [f"succeeded: model in {os.path.relpath(run.model)}; curves: {command(run, 'ui')}"]
+        return [f"succeeded: model in {os.path.relpath(run.model)}{f'; curves: {curves}' if curves else ''}"]
     if result["problems"]:
         return what_happened(result)
     then = "; ".join(f"{what_for}: {what}" for what_for, what in next_steps(run, result))
@@ -46,7 +48,12 @@ def next_steps(run: RunFolder, result: Mapping[str, Any]) -> list[tuple[str, str
         case ExitCode.SUCCEEDED, _:
             return [("export", command(run, "export", "DIR"))]
         case ExitCode.BAD_INPUT, _:
-            return [("resume with what is right", resume_otherwise)]
+            keys = [problem["key"] for problem in result.get("problems") or [] if problem["key"]]
+            if not keys:
+                return [("when that is mended, resume with", resume)]
+            if all(key.startswith(MAY_CHANGE_ON_RESUME) for key in keys):
+                return [("resume with what is right", resume_otherwise)]
+            return [("start anew with what is right", anew)]
         case ExitCode.FAILED, Cause.DIVERGENCE:
             return [("start anew with other values", anew)]
         case ExitCode.FAILED, Cause.OUT_OF_MEMORY:

@@ -108,7 +108,10 @@ class TestFailures:
         assert not ports & listening
 
     def test_an_error_on_one_rank(self, place: Place) -> None:
-        prepared = read_json(sorted(place.runs_dir.glob("*/init/prepared.json"))[0])
+        if not (made := sorted(place.runs_dir.glob("*/init/prepared.json"))):
+            assert place.start("submit", "run.yaml", "training.max_steps=1").wait() == ExitCode.SUCCEEDED
+            made = sorted(place.runs_dir.glob("*/init/prepared.json"))
+        prepared = read_json(made[0])
         # One token of a sample that rank 1 trains on in step 2 becomes larger than the vocabulary.
         (path,) = map(Path, prepared["train_paths"])
         _, indices = samples(GLOBAL_BATCH + MICRO_BATCH, 1, len(PackedDataset([path])), SEED)
@@ -268,8 +271,8 @@ class TestStopping:
         command = start(place)
         command.controller.suspend()
         for _ in range(3):
-            command.process.send_signal(signal.SIGINT)
             seen = len(command.out)
+            command.process.send_signal(signal.SIGINT)
             wait_until(lambda seen=seen: len(command.out) > seen, 10, "an answer")
         assert command.out.endswith("stopping now\nkilling\n")
         require_ended(place, command, ExitCode.CANCELLED, "KILLED", "cancellation")

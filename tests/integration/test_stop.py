@@ -60,7 +60,7 @@ def test_all_stop_after_the_same_step_and_a_resume_trains_the_same_bits(base: Ba
     assert straight.curve("train/loss")[STEPS] == resumed.curve("train/loss")[STEPS]
 
 
-def test_a_wish_in_the_last_step_changes_nothing(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wish_in_the_last_step_changes_nothing(base: Base) -> None:
     training = base.training("at-the-end", f"training.max_steps={STOP_IN_STEP}")
     (reports, steps), _ = run_on_ranks(train_until_asked_to_stop, 2, training, 1)
     assert steps == []

@@ -448,7 +448,7 @@ RESUME, ANEW = f"distlm resume {run_id()}", f"distlm submit run:{run_id()} KEY=V
         (ExitCode.INFRASTRUCTURE, Cause.NODE_LOST, [RESUME]),
         (ExitCode.PREEMPTED, Cause.PREEMPTION, [RESUME]),
         (ExitCode.CANCELLED, Cause.CANCELLATION, [RESUME]),
-        (ExitCode.BAD_INPUT, Cause.CONFIGURATION, [f"{RESUME} KEY=VALUE"]),
+        (ExitCode.BAD_INPUT, Cause.CONFIGURATION, [ANEW]),
     ],
 )
 def test_status_says_what_the_command_said_at_its_end(

@@ -18,9 +18,9 @@ training: {max_steps: 10}
 """
 HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
 CONTROL_PLANE = [
-    "cli.py", "commands", "completion.py", "console.py", "devices.py", "doctor", "errors.py", "metrics_file.py",
-    "mlflow_store.py", "run_folder.py", "run_status.py", "temporary.py", "checkpoint", "config", "launchers",
-    "verify_resume", "view",
+    "causes.py", "cli.py", "commands", "completion.py", "console.py", "devices.py", "doctor", "errors.py",
+    "leftovers.py", "metrics_file.py", "mlflow_store.py", "outcome.py", "processes.py", "redact.py", "run_folder.py",
+    "run_status.py", "stop_count.py", "temporary.py", "checkpoint", "config", "launchers", "verify_resume", "view",
     "data/sources.py", "data/readers.py", "data/python_docs.py",
 ]  # fmt: skip
 DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")

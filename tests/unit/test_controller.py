@@ -195,7 +195,7 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypat
     ],
 )
 def test_the_first_request_decides_how_the_attempt_ends_and_another_one_ends_it_now(
-    signals: list[tuple[float, int]], expected: type[Exception], count: int, monkeypatch: pytest.MonkeyPatch
+    signals: list[tuple[float, int]], expected: type[Exception], count: int
 ) -> None:
     now_s = 100.0
     stop = StopRequest()

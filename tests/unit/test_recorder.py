@@ -222,6 +222,16 @@ def test_everything_reaches_the_tracker_in_order(run: RunFolder) -> None:
     assert steps_of(tracker) == [1]
 
 
+def test_who_waits_for_a_slow_tracker_may_give_up(run: RunFolder) -> None:
+    tracker = MemoryTracker()
+    answer = threading.Event()
+    recorder = Recorder(run, run.new_attempt(), lambda: answer.wait(60) and tracker)
+    began_s = time.monotonic()
+    assert not recorder.close("FINISHED", timeout_s=60, give_up=lambda: time.monotonic() > began_s + 0.3)
+    assert time.monotonic() < began_s + 20 and recorder.tracker_problem == ""
+    answer.set()
+
+
 def test_a_dead_tracker_holds_nothing_and_gets_all_of_it_later(run: RunFolder) -> None:
     tracker = MemoryTracker()
     tracker.is_down = True

@@ -222,11 +222,11 @@ def test_a_git_that_hangs_is_ended(folder: Path, tmp_path: Path, monkeypatch: py
     script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {tmp_path}/pid\nwait\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(repository, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(repository, "TIMEOUT_S", 3.0)
     began_s = time.monotonic()
     state, diff = read_repository(folder)
-    assert time.monotonic() - began_s < 10
-    assert (state.commit, diff, state.problem) == (None, b"", "git rev-parse did not end within 0.5 s")
+    assert time.monotonic() - began_s < 20
+    assert (state.commit, diff, state.problem) == (None, b"", "git rev-parse did not end within 3 s")
     child = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
     assert not child.exists() or ") Z " in child.read_text()
 

@@ -37,7 +37,7 @@ from distlm.errors import (
     TrainingError,
 )
 from distlm.metrics_file import encode_line
-from distlm.run_folder import AttemptFolder, RunFolder, write_json
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 from distlm.tracking.records import Record
 from distlm.verify_resume import command
 from distlm.verify_resume.command import (
@@ -465,7 +465,7 @@ def test_a_run_that_fails_otherwise_passes_its_code_on(error: DistlmError, expec
     problems = [problem.to_json() for problem in error.problems] if isinstance(error, InputError) else []
     write_result(attempt, Outcome(error.exit_code, str(error)), 0.0, problems)
     with pytest.raises(DistlmError, match=re.escape(expected)) as raised:
-        raise_failure(error.exit_code, attempt)
+        raise_failure(read_json(attempt.result_json))
     assert raised.value.exit_code == error.exit_code
     if isinstance(error, InputError):
         assert str(raised.value) == str(error)
@@ -476,7 +476,7 @@ def test_bad_input_without_a_list_of_problems_is_passed_on(tmp_path: Path) -> No
     attempt = RunFolder.create(tmp_path, "run").new_attempt()
     write_result(attempt, Outcome(ExitCode.BAD_INPUT, "ray is not installed here"), 0.0)
     with pytest.raises(InputError, match="because a run failed: ray is not installed here; see "):
-        raise_failure(ExitCode.BAD_INPUT, attempt)
+        raise_failure(read_json(attempt.result_json))
 
 
 class TestPlan:
