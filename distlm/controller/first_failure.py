@@ -19,6 +19,7 @@ Failure = Mapping[str, Any]
 
 _SOURCE_FILE = re.compile(r"\[\S+\.(?:cc|cpp|h|cu):\d+\] ")
 """Where in the source code of torch it was raised, which torch puts first."""
+_ENDED = "ended with it"
 _RAY_KILLED_IT = "running low on memory"
 """What Ray says of workers that it has killed itself. It names the kernel's OOM killer for every death."""
 
@@ -40,9 +41,16 @@ def first_failure(
     if outcome.rank is None:
         return outcome
     others = sorted((f for f in failures if f["rank"] != outcome.rank), key=lambda failure: failure["rank"])
-    told = [Follower(f["rank"], _text(f).partition("\n")[0], f["host"], _text(f) == outcome.message) for f in others]
+    told = [_follower(failure, outcome.message) for failure in others]
     silent = set(range(world_size)) - {outcome.rank, *(follower.rank for follower in told)}
-    return replace(outcome, followers=[*told, *(Follower(rank, "ended with it") for rank in sorted(silent))])
+    return replace(outcome, followers=[*told, *(Follower(rank, _ENDED) for rank in sorted(silent))])
+
+
+def _follower(failure: Failure, first: str) -> Follower:
+    """Who raises what the first one has raised, failed like it, or was only told of it."""
+    text, was_told = _text(failure), failure.get("follows", False)
+    message = _ENDED if was_told and text == first else text.partition("\n")[0]
+    return Follower(failure["rank"], message, failure["host"], is_same=text == first and not was_told)
 
 
 def _first_failure(failures: Sequence[Failure], error: BaseException, kernel_killed: bool) -> Outcome:

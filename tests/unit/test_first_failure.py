@@ -72,7 +72,7 @@ def test_of_an_error_that_all_ranks_raise_the_rank_where_it_happened_is_named() 
     failures = [failure(0, message, 5, follows=True, **together), failure(1, message, 9, follows=False, **together)]
     outcome = first_failure(failures, WorkerGroupError({}), 2)
     assert (outcome.rank, outcome.host, outcome.message) == (1, "node1", message)
-    assert outcome.followers == [Follower(0, message, "node0", is_same=True)]
+    assert outcome.followers == [Follower(0, "ended with it", "node0")]
 
 
 def test_a_killed_worker_is_told_from_those_that_lost_it() -> None:
