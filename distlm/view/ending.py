@@ -70,7 +70,9 @@ def command(run: RunFolder, verb: str, *arguments: str) -> str:
 
 
 def _first_line(result: Mapping[str, Any]) -> str:
-    text = _cut(result["message"], _MAX_CHARACTERS)
+    text = result["message"]
+    if len(text) > _MAX_CHARACTERS:  # what to do stands at the end
+        text = f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
     if result.get("place"):
         text += f" ({result['place']})"
     parts = [f"failed{_where(result)}: {result.get('cause') or 'infrastructure'}: {text}"]

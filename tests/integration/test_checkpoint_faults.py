@@ -431,7 +431,10 @@ def test_a_run_that_finds_no_room_stops_and_is_resumed_when_there_is(place: Plac
             assert "failed on all 2 ranks alike: storage: " in cause
         assert "No space left on device" in cause
         assert hint == f"distlm:   resume with: distlm resume {command.run.run_id}"
-        assert result["exit_code"] == ExitCode.INFRASTRUCTURE and "make room" in result["message"]
+        assert (
+            result["exit_code"] == ExitCode.INFRASTRUCTURE
+            and "make room or mend the storage, then resume the run; log: " in cause
+        )
         store = CheckpointStore(command.run.checkpoints)
         good, skipped = store.latest_good()
         assert good is not None and 10 <= good.step < 60 and not skipped

@@ -227,3 +227,10 @@ def test_a_run_elsewhere_is_resumed_with_its_folder_named(tmp_path: Path, monkey
     (first, second) = screen(run, Outcome(ExitCode.PREEMPTED, "stopped after step 9, which is saved (SIGTERM)"))
     assert first == "preempted: stopped after step 9, which is saved (SIGTERM)"
     assert second == "resume with: distlm resume 'my runs/20260131-235959-3fa9c1'"
+
+
+def test_of_a_long_message_the_end_stays_which_says_what_to_do(run: RunFolder) -> None:
+    long = f"cannot write {'x' * 2000}: No space left on device; make room, then resume the run"
+    first, *_ = screen(run, Outcome(ExitCode.INFRASTRUCTURE, long, 0, "node0", "", Cause.STORAGE))
+    assert first.startswith("failed on rank 0 (node0): storage: cannot write xxx") and len(first) < 600
+    assert "No space left on device; make room, then resume the run; log: " in first
