@@ -714,6 +714,7 @@ def test_killed_at_any_moment_nothing_committed_is_lost(tmp_path: Path) -> None:
         assert (latest.step if latest else 0) in (announced, announced + 1), told
         if latest:
             assert read(latest, store.manifest(latest)) == state(latest.step, LARGE), told
+            announced = latest.step  # it may have been killed before it could say so, and so may the next one
     print(f"{NUM_KILLS} kills, {announced} steps, left behind: {dict(left)}")
     assert announced > NUM_KILLS / 4, "the processes got on"
     assert left[".step-.tmp"] > NUM_KILLS / 20, "many were hit in the middle of a save"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import setuptools  # noqa: F401 - torch's compiler needs it, and it refuses to be imported once anything has imported pip
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
