@@ -24,6 +24,7 @@ from distlm.controller.progress import Progress
 from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_command
 from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
 from distlm.leftovers import clear_leftovers
+from distlm.library_caches import keep_library_caches
 from distlm.outcome import Outcome, write_result
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, lease, read_json, write_json
 from distlm.temporary import temporary_root
@@ -103,21 +104,10 @@ def _located(folder: AttemptFolder, problems: tuple[Problem, ...]) -> list[Probl
     return [replace(problem, location=problem.location or locate(origins, problem.key)) for problem in problems]
 
 
-_CACHES = {
-    "TORCH_EXTENSIONS_DIR": "torch_extensions",
-    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
-    "TRITON_CACHE_DIR": "triton",
-    "CUDA_CACHE_PATH": "cuda",
-    "MPLCONFIGDIR": "matplotlib",
-}
-"""Where libraries keep what they compile; by default in the home folder or in /tmp."""
-
-
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> Outcome:
     from distlm.controller.attempt import AttemptController
 
-    for variable, name in _CACHES.items():
-        os.environ.setdefault(variable, str(run.cache / "libraries" / name))
+    keep_library_caches(run)
     controller = AttemptController(run, folder, progress, stop)
     with nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root() as root:
         handle = {"host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(root or "")}

@@ -8,6 +8,7 @@ from distlm.config.attempt import accepted_attempts, load_attempt
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.library_caches import keep_library_caches
 from distlm.metrics_file import cut_torn_line, encode_line, read_backwards
 from distlm.outcome import tracker_status
 from distlm.redact import redact_uri
@@ -71,5 +72,7 @@ def _sync(run: RunFolder, tracker: Tracker) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    say(sync_run(RunFolder(Path(arguments[-1])), with_model="--without-model" not in arguments))
+    run = RunFolder(Path(arguments[-1]))
+    keep_library_caches(run)
+    say(sync_run(run, with_model="--without-model" not in arguments))
     return ExitCode.SUCCEEDED

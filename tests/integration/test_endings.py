@@ -336,6 +336,7 @@ class TestStopping:
         sync = place.start("sync", command.run.run_id)
         assert sync.wait() == ExitCode.SUCCEEDED, (sync.out, sync.err)
         assert len(place.mlflow_run(command.run).outputs.model_outputs) == 1
+        place.require_nothing_left(command.run)
 
     def test_in_the_background(self, place: Place) -> None:
         command = place.start("submit", "run.yaml", *ENDLESS, "--detach")
