@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TextIO
 
 from distlm.causes import cause_of, exit_code_of_cause
+from distlm.compile_caches import keep_compile_caches
 from distlm.config.attempt import Attempt
 from distlm.config.load import locate
 from distlm.controller.progress import Progress
 from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_command
 from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
 from distlm.leftovers import clear_leftovers
-from distlm.library_caches import keep_library_caches
 from distlm.outcome import Outcome, write_result
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, lease, read_json, write_json
 from distlm.temporary import temporary_root
@@ -107,7 +107,7 @@ def _located(folder: AttemptFolder, problems: tuple[Problem, ...]) -> list[Probl
 def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: StopRequest) -> Outcome:
     from distlm.controller.attempt import AttemptController
 
-    keep_library_caches(run)
+    keep_compile_caches(run)
     controller = AttemptController(run, folder, progress, stop)
     with nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root() as root:
         handle = {"host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(root or "")}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distlm.compile_caches import keep_compile_caches
 from distlm.config.attempt import accepted_attempts, load_attempt
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
-from distlm.library_caches import keep_library_caches
 from distlm.metrics_file import cut_torn_line, encode_line, read_backwards
 from distlm.outcome import tracker_status
 from distlm.redact import redact_uri
@@ -73,6 +73,6 @@ def _sync(run: RunFolder, tracker: Tracker) -> int:
 
 def main(arguments: list[str]) -> int:
     run = RunFolder(Path(arguments[-1]))
-    keep_library_caches(run)
+    keep_compile_caches(run)
     say(sync_run(run, with_model="--without-model" not in arguments))
     return ExitCode.SUCCEEDED

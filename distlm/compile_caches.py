@@ -15,7 +15,7 @@ _VARIABLES = {
 }
 
 
-def keep_library_caches(run: RunFolder) -> None:
+def keep_compile_caches(run: RunFolder) -> None:
     """Have this process, and those that it starts, keep them in the cache that runs share, unless the user has said
     otherwise. To be called before torch is imported."""
     for variable, name in _VARIABLES.items():
