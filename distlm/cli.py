@@ -151,13 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue a run from its last good checkpoint. Workers, ZeRO stage, max_steps and what is about "
         "saving, evaluation and logging may change; what would train something else is refused.",
     )
-    resume.add_argument("run", help="id (or its beginning), folder, or 'last'")
-    resume.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    _add_run(resume)
+    _add_runs_dir(resume)
     resume.set_defaults(verb=_later("submit", "resume"))
     for verb in (submit, resume):
-        verb.add_argument(
-            "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000"
-        )
+        _add_overrides(verb)
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
         verb.add_argument("--json", action="store_true", help="print events for programs, one line of JSON each")
 
@@ -167,9 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a config and its local files, and list every problem with its line. Starts nothing.",
     )
     validate.add_argument("config", type=Path, help="YAML file")
-    validate.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000"
-    )
+    _add_overrides(validate)
     validate.set_defaults(verb=_later("config", "validate"))
 
     verify = verbs.add_parser(
@@ -179,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "number changed, and compare samples, losses and weights.",
     )
     verify.add_argument("config", type=Path, help="YAML file")
-    verify.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000")
+    _add_overrides(verify)
     verify.add_argument("--steps", type=int, default=12, help="steps to train (default: 12)")
     verify.add_argument(
         "--workers", type=_sizes, metavar="N,N,...",
@@ -203,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(verb=_later("runs", "list_runs"))
 
     status = verbs.add_parser("status", help="show one run: state, metrics, attempts, checkpoints, where things are")
-    status.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    _add_run(status)
     status.set_defaults(verb=_later("runs", "status"))
 
     ui = verbs.add_parser(
@@ -225,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         (doctor, "print an array"),
     ):  # fmt: skip
         verb.add_argument("--json", action="store_true", help=f"{what}, for programs")
-        verb.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+        _add_runs_dir(verb)
 
     sync = verbs.add_parser(
         "sync",
@@ -233,8 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Send to MLflow what it has not had yet of a run, for example because its server was down: "
         "metrics, logs and the model. Sending twice adds nothing twice.",
     )
-    sync.add_argument("run", help="id (or its beginning), folder, or 'last'")
-    sync.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    _add_run(sync)
+    _add_runs_dir(sync)
     sync.set_defaults(verb=_later("tracking", "sync"))
 
     checkpoints = verbs.add_parser(
@@ -243,10 +239,10 @@ def _parser() -> argparse.ArgumentParser:
         description="List the checkpoints of a run, newest first.",
         epilog=_CHECKPOINTS_EPILOG,
     )
-    checkpoints.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    _add_run(checkpoints)
     checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
     checkpoints.add_argument("--json", action="store_true", help="print a list for programs")
-    checkpoints.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    _add_runs_dir(checkpoints)
     checkpoints.set_defaults(verb=_later("checkpoints", "checkpoints"))
 
     export = verbs.add_parser(
@@ -255,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the weights of a checkpoint (fp32), its config, tokenizer and model card into a new folder "
         "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model.",
     )
-    export.add_argument("run", help="id (or its beginning), folder, or 'last'")
+    _add_run(export)
     export.add_argument("dir", type=Path, metavar="DIR", help="folder to make; must not exist, or be empty")
     export.add_argument(
         "--step",
@@ -263,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N|best|last",
         help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default)",
     )
-    export.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+    _add_runs_dir(export)
     export.set_defaults(verb=_later("checkpoints", "export"))
 
     completion = verbs.add_parser(
@@ -280,6 +276,18 @@ def _parser() -> argparse.ArgumentParser:
         verb.formatter_class = _HelpFormatter
         verb.epilog = "\n\n".join(filter(None, [f"examples:{examples}", verb.epilog]))
     return parser
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", help="id (or its beginning), folder, or 'last'")
+
+
+def _add_runs_dir(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+
+
+def _add_overrides(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as training.max_steps=1000")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

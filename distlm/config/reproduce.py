@@ -44,7 +44,8 @@ def reproduce(
     run_yaml = Path(os.path.relpath(original.run_yaml))
     _, origins = read_config(run_yaml)
     attempts = [(folder, Attempt.read(folder)) for folder in accepted_attempts(original)]
-    trees = [with_overrides(read_run_yaml(original), attempt.changes) for _, attempt in attempts]
+    tree = read_run_yaml(original)
+    trees = [with_overrides(tree, attempt.changes) for _, attempt in attempts]
     if attempts:
         folder, last = attempts[-1]
         origins |= {item.partition("=")[0]: os.path.relpath(folder.attempt_yaml) for item in last.changes}
@@ -58,7 +59,7 @@ def reproduce(
     warnings = list(_resized(original, trees))
     if last and _is_elsewhere(last):
         warnings.append(_elsewhere(original, last))
-    before = trees[-1] if trees else read_run_yaml(original)
+    before = trees[-1] if trees else tree
     return Reproduction(original, loaded, list(_changed(before, with_overrides(before, overrides))), warnings)
 
 

@@ -27,8 +27,6 @@ from distlm.metrics_file import read_lines
 from distlm.run_folder import RunFolder, lease, read_json
 from distlm.tracking.startup import startup_seconds
 
-ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
