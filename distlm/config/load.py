@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distlm.config.schema import RunConfig
+from distlm.config.schema import RunConfig, Source, Task
 from distlm.errors import InputError, Problem
 from distlm.redact import holds_password, redact_uri
 
@@ -410,8 +410,7 @@ def _strip_tags(tree: Any, loc: tuple[str | int, ...]) -> Key:
     key: Key = ()
     place = tree
     for position, part in enumerate(loc):
-        is_tag = isinstance(part, str) and isinstance(place, dict) and place.get("source") == part
-        if is_tag and position and isinstance(loc[position - 1], int):
+        if isinstance(place, dict) and part not in place and position and part in _TAGS:
             continue
         key = (*key, part)
         place = _lookup(place, (part,))
@@ -440,6 +439,7 @@ _MESSAGES = {
     "dict_type": "must be a valid dictionary of keys and values",
     "invalid_key": "must be text: keys are names",
     "list_type": "must be a list, such as [a, b]",
+    "model_attributes_type": "must be a valid dictionary of keys and values",
     "model_type": "must be a valid dictionary of keys and values",
     "string_type": "must be text; put it in quotes",
     "too_short": "must not be an empty list",
@@ -468,8 +468,18 @@ def _fields_at(key: Key, loc: Key) -> dict[str, Any]:
             found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
             models = [model for annotation in found for model in models_in(annotation)]
     if len(models) > 1:
-        models = [model for model in models if get_args(model.model_fields["source"].annotation)[0] in loc]
+        models = [model for model in models if _tag(model) in loc]
     return {name: info.annotation for model in models for name, info in model.model_fields.items()}
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """What tells a section from the others of its union."""
+    fields = model.model_fields
+    discriminator = fields["source"] if "source" in fields else fields["type"]
+    return str(get_args(discriminator.annotation)[0])
+
+
+_TAGS = {_tag(model) for union in (Source, Task) for model in models_in(union)}
 
 
 def all_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

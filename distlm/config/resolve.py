@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from typing_extensions import TypeIs
 
+from distlm.config.metrics import METRICS
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
 
@@ -27,6 +28,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.save_steps",
     "training.save_total_limit",
     "training.metric_for_best_model",
+    "training.load_best_model_at_end",
+    "training.early_stopping_",
     "training.async_save",
     "training.on_save_error",
     "training.eval_steps",
@@ -66,6 +69,48 @@ BERT_KEYS = frozenset(
         "bos_token_id",
         "eos_token_id",
         "tie_word_embeddings",
+    )
+)
+# LoraConfig's keys as of PEFT 0.21 that are the user's, in the same way; `adapter_name_or_path` is ours.
+LORA_KEYS = frozenset(
+    (
+        "peft_type",
+        "adapter_name_or_path",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_config",
+        "megatron_core",
+        "trainable_token_indices",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "use_dora",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "qalora_group_size",
+        "monteclora_config",
+        "layer_replication",
+        "runtime_config",
+        "lora_bias",
+        "target_parameters",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "ensure_weight_tying",
     )
 )
 _BERT_DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512}
@@ -135,6 +180,8 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
     training, deepspeed, resources = config.training, config.deepspeed, config.resources
     yield from _batch(config)
     yield from _model(config)
+    yield from _task(config)
+    yield from _adapter(config)
     yield from _data(config)
 
     if (training.max_steps is None) == (training.num_train_epochs is None):
@@ -200,10 +247,15 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "tokenizer.train: {vocab_size: ...}",
             "tokenizer",
         )
-    if training.eval_steps and not config.data.validation and not config.data.validation_fraction:
-        yield Problem(
-            "there is nothing to evaluate on: give data.validation or data.validation_fraction", "training.eval_steps"
-        )
+    if not config.data.validation and not config.data.validation_fraction:
+        for key in ("eval_steps", "early_stopping_patience"):
+            if getattr(training, key):
+                message = "there is nothing to evaluate on: give data.validation or data.validation_fraction"
+                yield Problem(message, f"training.{key}")
+    if training.early_stopping_patience and training.eval_steps is None:
+        yield Problem("needs training.eval_steps, the steps between two evaluations", "training.early_stopping_patience")
+    if training.early_stopping_threshold and not training.early_stopping_patience:
+        yield Problem("has no meaning without training.early_stopping_patience", "training.early_stopping_threshold")
     if config.profile.steps is not None and not profiled_steps(config):
         yield Problem("the first step is after the last; write FIRST-LAST, such as 10-12", "profile.steps")
     elif training.max_steps is not None and config.profile.steps and profiled_steps(config)[-1] > training.max_steps:
@@ -227,6 +279,68 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
             f"{plan.micro_batch} x resources.num_workers = {plan.world_size}; workers that divide it: {sizes}",
             "training.global_train_batch_size",
         )
+
+
+def _task(config: RunConfig) -> Iterator[Problem]:
+    task, metric = config.task, config.training.metric_for_best_model
+    metrics = METRICS[problem_kind(config)]
+    if metric not in metrics:
+        message = f"no metric of this task; {nearest_name(metric, metrics)}"
+        yield Problem(message, "training.metric_for_best_model", metric)
+    if task.type == "masked-lm":
+        return
+    if config.model.config is not None and config.tokenizer.train is None and not config.tokenizer.name_or_path:
+        return  # told elsewhere
+    if task.labels is not None and len(set(task.labels)) < len(task.labels):
+        yield Problem("names a label twice", "task.labels")
+    if isinstance(task.class_weights, dict) and task.labels is not None:
+        for name in task.class_weights:
+            if name not in task.labels:
+                yield Problem(f"no label of task.labels; {nearest_name(name, task.labels)}", f"task.class_weights.{name}")
+    if task.type == "text-classification":
+        if task.label_separator is not None and task.problem_type != "multi_label_classification":
+            yield Problem("is for problem_type multi_label_classification only", "task.label_separator")
+        if task.label_smoothing_factor and task.problem_type != "single_label_classification":
+            yield Problem("is for problem_type single_label_classification only", "task.label_smoothing_factor")
+        if task.problem_type == "regression":
+            for name in ("labels", "class_weights"):
+                if getattr(task, name) is not None:
+                    yield Problem("a regression predicts a number and has no labels; leave it out", f"task.{name}")
+
+
+def problem_kind(config: RunConfig) -> str:
+    """What the metrics of a run are those of: the task, or of a classification of texts the type of problem."""
+    return config.task.problem_type if config.task.type == "text-classification" else config.task.type
+
+
+def has_adapter(config: RunConfig) -> bool:
+    """Whether an adapter is trained, not the model's own weights."""
+    return config.peft is not None and str(config.peft.get("peft_type", "")).lower() != "full"
+
+
+def _adapter(config: RunConfig) -> Iterator[Problem]:
+    """What can be told without PEFT; its own config classes check the rest before any worker starts."""
+    settings = config.peft
+    if settings is not None and not (settings.get("peft_type") or settings.get("adapter_name_or_path")):
+        message = "needs peft_type, the method by PEFT's name, such as lora, adalora, ia3 or prefix-tuning; or full"
+        yield Problem(message, "peft")
+    elif settings is not None and not has_adapter(config) and len(settings) > 1:
+        yield Problem("all weights are trained, so no other key has a meaning here", "peft.peft_type", "full")
+    elif settings is not None and str(settings.get("peft_type", "")).lower() == "lora":
+        for name in settings:
+            if name not in LORA_KEYS:
+                yield Problem(f"unknown key of PEFT's LoraConfig; {nearest_name(name, LORA_KEYS)}", f"peft.{name}")
+    if has_adapter(config) and config.model.config is not None:
+        message = "an adapter is trained beside pretrained weights; give model.name_or_path, or leave peft out"
+        yield Problem(message, "peft")
+    if config.model.quantization is not None:
+        if not has_adapter(config):
+            yield Problem("weights in few bits cannot be trained; give peft, too", "model.quantization")
+        if config.deepspeed.zero_stage == 3:
+            message = "weights in few bits cannot be sharded; set deepspeed.zero_stage to 0, 1 or 2"
+            yield Problem(message, "model.quantization")
+        if config.resources.device == "cpu":
+            yield Problem("needs GPUs, and the workers run on CPUs", "model.quantization")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
@@ -60,11 +60,67 @@ class MaskedLMTask(Section):
     gradients are the same; false: for every token, as transformers does."""
 
 
+class TextClassificationTask(Section):
+    """Tell what a text, or a pair of texts, is: one label, any number of labels, or a number."""
+
+    type: Literal["text-classification"]
+    """Name of the task."""
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
+        "single_label_classification"
+    )
+    """What the label column holds: one label; a list of labels; a number. Names as in transformers' configs."""
+    labels: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
+    """Names of the labels, in the order of their ids; null: those of the training data, sorted."""
+    label_separator: NonEmptyStr | None = None
+    """What stands between several labels in a column of text, such as ";"; null: the column holds lists.
+    multi_label_classification only."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how often
+    a label is in the training data (as in scikit-learn). null: all the same."""
+    label_smoothing_factor: Fraction = 0.0
+    """Share of the target that is spread evenly over all labels. single_label_classification only."""
+
+
+class TokenClassificationTask(Section):
+    """Give each word of a text a label: named entities, slots, parts of speech."""
+
+    type: Literal["token-classification"]
+    """Name of the task."""
+    tag_scheme: Literal["auto", "iob1", "iob2", "bioes", "none"] = "auto"
+    """How the labels of the data mark entities of several words. All are converted to iob2 (B-PER, I-PER, O), which is
+    what the model learns. none: labels are labels, such as parts of speech. auto: told by the training data."""
+    labels: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
+    """Names of the labels (in iob2, where there is a scheme), in the order of their ids; null: those of the training
+    data, sorted."""
+    label_all_tokens: bool = False
+    """Train all tokens of a word on its label (of B-PER, the further ones on I-PER); false: the first one only. What is
+    predicted for a word is always what is predicted for its first token."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how often
+    a label is in the training data (as in scikit-learn). null: all the same."""
+    label_smoothing_factor: Fraction = 0.0
+    """Share of the target that is spread evenly over all labels."""
+
+
+def _with_type(value: Any) -> Any:
+    """A task without a type is the first one, which was the only one once."""
+    return {"type": "masked-lm", **value} if isinstance(value, dict) else value
+
+
+Task = Annotated[
+    MaskedLMTask | TextClassificationTask | TokenClassificationTask,
+    Field(discriminator="type"),
+    BeforeValidator(_with_type),
+]
+
+
 class ModelConfig(Section):
     """The model: a pretrained one (`name_or_path`) or one from scratch (`config`), exactly one of the two."""
 
     name_or_path: NonEmptyStr | None = None
-    """Folder or Hub name of a pretrained model that `AutoModelForMaskedLM.from_pretrained` loads."""
+    """A pretrained model: folder, Hub name, or `run:RUN` or `run:RUN@STEP` for what another run has trained (RUN as in
+    `distlm status`; STEP is a number, best or last, and last where it is not given). Of a run that trained an adapter
+    it is the model with the adapter merged into it."""
     config: dict[str, Any] | None = None
     """From scratch: `model_type` and any keys of that model's transformers config. `vocab_size` follows the tokenizer
     where it is not given."""
@@ -73,6 +129,9 @@ class ModelConfig(Section):
     which GPUs multiply faster by (8 or more for Tensor Cores). The additional embeddings stand for no token."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel, by transformers' name; null: sdpa where the model has it, else eager."""
+    quantization: dict[str, Any] | None = None
+    """Load the frozen base of an adapter in fewer bits (QLoRA), by the keys of transformers' BitsAndBytesConfig, such as
+    {load_in_4bit: true, bnb_4bit_quant_type: nf4}; needs GPUs and the package bitsandbytes."""
 
 
 class TrainedTokenizer(Section):
@@ -175,7 +234,8 @@ class DataConfig(Section):
     """Share of the training documents held out for evaluation where `validation` is empty, by default 0.01; 0: none,
     and no evaluation."""
     max_seq_length: Annotated[int, Field(ge=8, lt=2**31)] = 128
-    """Tokens in a sample, special tokens included. Documents are packed, so that samples are full."""
+    """Tokens in a sample at most, special tokens included. masked-lm packs documents, so that samples are full;
+    text-classification cuts longer texts; token-classification divides them."""
     num_proc: PositiveInt | None = None
     """Processes that tokenize; null: one per core of the node that prepares the data. The result does not depend on
     it. May change on resume."""
@@ -193,6 +253,12 @@ class TrainingConfig(Section):
     per_device_train_batch_size: PositiveInt = 8
     """Samples per forward pass on one worker (the micro batch). The gradient accumulation steps follow:
     global_train_batch_size / (per_device_train_batch_size x workers)."""
+    per_device_train_batch_tokens: PositiveInt | None = None
+    """Tokens per forward pass on one worker at most, padding included: a micro batch of long samples is divided further.
+    null: no limit."""
+    group_by_length: bool = True
+    """Form batches of samples of like lengths, so that little is padded. Every sample still comes once per epoch.
+    Without effect on masked-lm, whose samples are all of one length."""
     per_device_eval_batch_size: PositiveInt = 16
     """Samples per forward pass on one worker in evaluation."""
     learning_rate: PositiveFloat = 5e-4
@@ -243,8 +309,19 @@ class TrainingConfig(Section):
     """Steps between two checkpoints; null: at the end only. One is always saved at the end."""
     save_total_limit: PositiveInt | None = 2
     """Checkpoints to keep, newest first; null: all. The best one by `metric_for_best_model` is kept beside them."""
-    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
-    """Metric of the evaluation that tells the best checkpoint, among those whose step was evaluated."""
+    metric_for_best_model: NonEmptyStr = "loss"
+    """Metric of the evaluation that tells the best checkpoint, among those whose step was evaluated: loss, accuracy, f1
+    or another one of the task's."""
+    early_stopping_patience: PositiveInt | None = None
+    """End the training when `metric_for_best_model` was no better in that many evaluations, one after the other; null:
+    train all steps."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """By how much the metric must be better to count as better."""
+    load_best_model_at_end: bool = Field(
+        default_factory=lambda data: data.get("early_stopping_patience") is not None
+    )
+    """Make the final model of the best checkpoint; false: of the last one. By default true where
+    `early_stopping_patience` is given."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy of the state in host memory (12 bytes per parameter, divided by
     the workers); false: training waits until each is written, as it does in any case where only the end is saved."""
@@ -309,10 +386,15 @@ class RunConfig(Section):
     """Name for people; shown as the MLflow run's name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial weights, the order of the samples, masking and dropout."""
-    task: MaskedLMTask = MaskedLMTask()
+    task: Task = MaskedLMTask()
     """What is learned."""
     model: ModelConfig
     """The model."""
+    peft: dict[str, Any] | None = None
+    """Train an adapter instead of all weights: `peft_type` is the method by PEFT's name (lora, adalora, ia3,
+    prefix-tuning, ...), the other keys are those of PEFT's config for it, such as r, lora_alpha and target_modules.
+    `adapter_name_or_path` begins with an existing adapter (a folder, Hub name or run:RUN@STEP). null, or `peft_type:
+    full`: all weights."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     data: DataConfig

@@ -7,6 +7,7 @@ any restart. Shapes: B samples, S tokens, H hidden size, V vocabulary, T targets
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,13 @@ from torch.nn import functional as F
 
 from distlm.config.schema import MaskedLMTask
 from distlm.data.order import uniform
+from distlm.data.pack import PackedDataset
+from distlm.tasks import Evaluation
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from distlm.tasks import Batch
     from distlm.tasks.words import WordParts
     from distlm.worker.prepare import Prepared
@@ -48,6 +54,9 @@ class MaskedLM:
         self._uses_masked_only_head = config.masked_only_head and prepared.masked_only_head
         self._head: MaskedOnlyHead | None = None
 
+    def dataset(self, paths: Sequence[Path]) -> PackedDataset:
+        return PackedDataset(paths)
+
     def attach(self, model: nn.Module) -> None:
         if self._uses_masked_only_head:
             self._head = MaskedOnlyHead(model)
@@ -58,7 +67,8 @@ class MaskedLM:
         except HeadError:
             return None
 
-    def collate(self, input_ids: np.ndarray, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
+    def collate(self, samples: np.ndarray, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
+        input_ids = samples  # [B, S]
         seed = self._seed if training else EVALUATION_SEED
         probability = self._config.mlm_probability if training else self._config.eval_mlm_probability
         positions = np.arange(input_ids.shape[1])[None, :]
@@ -106,6 +116,13 @@ class MaskedLM:
         if not torch.is_grad_enabled():  # looking for the largest of V logits takes a per cent of a small model's step
             correct = (logits.argmax(dim=-1) == labels).sum()
         return F.cross_entropy(logits, labels, reduction="sum"), correct
+
+    def judge(self, batch: Batch, indices: np.ndarray, predicted: torch.Tensor) -> int:
+        return int(predicted)
+
+    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: Any) -> Evaluation:
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation({"perplexity": perplexity, "accuracy": sum(judged) / max(num_targets, 1.0)})
 
 
 def _word_starts(continues: np.ndarray, is_special: np.ndarray) -> np.ndarray:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
@@ -19,23 +31,80 @@ from distlm.errors import InputError, Problem
 from distlm.run_folder import whole_folder
 
 
-def pretrained_config(name_or_path: str) -> PretrainedConfig:
-    """The config of a pretrained model. Raises InputError where there is none, or of a model that is no encoder."""
+@dataclass(frozen=True)
+class ModelKind:
+    """The class of model that a task trains."""
+
+    auto_class: Any
+    """Of transformers, with `from_pretrained` and `from_config`."""
+    model_types: Mapping[str, str]
+    """Architectures that have such a class."""
+    called: str
+    """For people: a ... model."""
+
+
+MODEL_KINDS = {
+    "masked-lm": ModelKind(AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "masked-LM"),
+    "text-classification": ModelKind(
+        AutoModelForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "sequence-classification",
+    ),
+    "token-classification": ModelKind(
+        AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "token-classification"
+    ),
+}
+"""By the task's name."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of a classifier is to tell."""
+
+    labels: Sequence[str]
+    """By their ids; empty for a regression."""
+    problem_type: str | None
+    """Of transformers' config; None for words, whose labels are of one kind."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keys of transformers' config."""
+        if not self.labels:
+            return {"num_labels": 1, "problem_type": self.problem_type}
+        names = dict(enumerate(self.labels))
+        settings = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        return settings | ({"problem_type": self.problem_type} if self.problem_type else {})
+
+
+def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
+    """The config of a pretrained model. Raises InputError where there is none, or of a model that the task cannot train.
+    """
     key = "model.name_or_path"
     try:
         model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path)
     except Exception as error:  # noqa: BLE001 - broken files make transformers raise errors of many kinds
         raise InputError(Problem(f"is no model: {_first_line(error)}", key, name_or_path)) from None
-    _require_encoder(model_config, key, name_or_path)
+    _require_kind(model_config, task, key, name_or_path)
     return model_config
 
 
 def build_model_config(
-    config: RunConfig, vocab_size: int, special_token_ids: dict[str, int | None]
+    config: RunConfig, vocab_size: int, special_token_ids: dict[str, int | None], head: Head | None = None
 ) -> PretrainedConfig:
     """The transformers config of the run's model. Raises InputError for keys and values that it does not take."""
+    model_config = _model_config(config, vocab_size, special_token_ids)
+    if head is not None:
+        for name, value in head.settings.items():
+            setattr(model_config, name, value)
+    if getattr(model_config, "pad_token_id", None) is None:  # classifiers of causal models look for the last token
+        model_config.pad_token_id = special_token_ids["pad_token_id"]
+    return model_config
+
+
+def _model_config(config: RunConfig, vocab_size: int, special_token_ids: dict[str, int | None]) -> PretrainedConfig:
+    task = config.task.type
     if name := config.model.name_or_path:
-        model_config = pretrained_config(name)
+        model_config = pretrained_config(name, task)
         if vocab_size > model_config.vocab_size:
             raise InputError(
                 Problem(
@@ -49,8 +118,8 @@ def build_model_config(
 
     keys = dict(config.model.config or {})
     model_type = str(keys.pop("model_type"))
-    if model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise InputError(_no_encoder(model_type, "model.config.model_type", model_type))
+    if model_type not in MODEL_KINDS[task].model_types:
+        raise InputError(_no_such_kind(model_type, task, "model.config.model_type", model_type))
     defaults = AutoConfig.for_model(model_type)
     legal = {name for name in defaults.to_dict() if not name.startswith("_")} | set(type(defaults).attribute_map)
     if problems := [*_unknown_keys(keys, legal, model_type), *_unknown_activations(keys)]:
@@ -76,7 +145,7 @@ def build_model_config(
         raise InputError(Problem(_first_line(error.__cause__ or error), key)) from None
     except Exception as error:  # noqa: BLE001 - transformers' validators raise errors of many kinds, all about these keys
         raise InputError(Problem(f"{model_type}: {_first_line(error)}", "model.config")) from None
-    _require_encoder(model_config, "model.config", "")
+    _require_kind(model_config, task, "model.config", "")
     return model_config
 
 
@@ -94,19 +163,22 @@ def _unknown_activations(keys: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"unknown activation; {nearest_name(value, ACT2FN)}", f"model.config.{name}", value)
 
 
-def _require_encoder(model_config: PretrainedConfig, key: str, value: str) -> None:
-    """Refuse what transformers has a masked-LM class for, or would build one from, that does not look at both sides."""
-    if model_config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise InputError(_no_encoder(model_config.model_type, key, value))
+def _require_kind(model_config: PretrainedConfig, task: str, key: str, value: str) -> None:
+    """Refuse what transformers has no class for, and for masked-LM what does not look at both sides."""
+    if model_config.model_type not in MODEL_KINDS[task].model_types:
+        raise InputError(_no_such_kind(model_config.model_type, task, key, value))
+    if task != "masked-lm":
+        return
     for flag in ("is_encoder_decoder", "is_decoder"):
         if getattr(model_config, flag, False):
             raise InputError(Problem(f"masked-LM trains encoders, and this {model_config.model_type} has {flag}: true",
                                      key, value))  # fmt: skip
 
 
-def _no_encoder(model_type: str, key: str, value: str) -> Problem:
-    advice = nearest_name(model_type, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    return Problem(f"transformers has no masked-LM model of the type {model_type}; {advice}", key, value)
+def _no_such_kind(model_type: str, task: str, key: str, value: str) -> Problem:
+    kind = MODEL_KINDS[task]
+    advice = nearest_name(model_type, kind.model_types)
+    return Problem(f"transformers has no {kind.called} model of the type {model_type}; {advice}", key, value)
 
 
 def check_positions(model_config: PretrainedConfig, max_seq_length: int) -> None:
@@ -140,25 +212,35 @@ _PADDED_POSITIONS = {
 }
 
 
-def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder: Path) -> None:
-    """Write the weights that training starts from: drawn from the seed in fp32, outside DeepSpeed, or the pretrained
-    ones. Every stage and world size then starts from the same numbers (`from_config` under ZeRO-3 would not)."""
+def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """The model that training starts from, and the names of those of its pretrained weights that were drawn anew: of the
+    head, where the pretrained model has none, or one for other labels.
+
+    The weights that training starts from: drawn from the seed in fp32, outside DeepSpeed, or the pretrained
+    ones. Every stage and world size then starts from the same numbers (`from_config` under ZeRO-3 would not).
+
+    Raises InputError where transformers cannot build the model, or it cannot compute a sample.
+    """
     torch.manual_seed(config.seed)
     attn = config.model.attn_implementation
+    auto_class = MODEL_KINDS[config.task.type].auto_class
+    drawn: list[str] = []
     try:
         if config.model.name_or_path:
-            model, report = AutoModelForMaskedLM.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 config.model.name_or_path,
                 config=model_config,
                 dtype=torch.float32,
                 attn_implementation=attn,
                 output_loading_info=True,
+                ignore_mismatched_sizes=config.task.type != "masked-lm",  # the head's, where it is for other labels
             )
-            _require_pretrained(model, report["missing_keys"])
+            drawn = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+            _require_pretrained(model, drawn)
         else:
-            model = AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
+            model = auto_class.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
         if attn != "flash_attention_2":  # that one runs on GPUs only
-            _require_logits(model, config.data.max_seq_length)
+            _require_logits(model, config)
     except InputError:
         raise
     except Exception as error:  # the constructors of models raise errors of many kinds
@@ -167,6 +249,11 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
             raise InputError(Problem(message, "model.attn_implementation", attn or "")) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
         raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
+    return model, drawn
+
+
+def save_initial_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write the weights that `load_model` reads."""
     with whole_folder(folder) as temporary:
         # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
         # there that are several in the module. `from_pretrained` reads both.
@@ -174,8 +261,9 @@ def save_initial_model(config: RunConfig, model_config: PretrainedConfig, folder
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """A new head may be drawn at random; the encoder may not."""
-    if names := sorted(name for name in missing if name.startswith(f"{model.base_model_prefix}.")):
+    """A new head may be drawn at random; the encoder may not, but for its pooler, which is a part of the head."""
+    base = f"{model.base_model_prefix}."
+    if names := sorted(name for name in missing if name.startswith(base) and not name.startswith(f"{base}pooler.")):
         raise InputError(
             Problem(
                 f"lacks {len(names)} weights of a {model.config.model_type}, such as {names[0]}", "model.name_or_path"
@@ -183,21 +271,27 @@ def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
         )
 
 
-def _require_logits(model: PreTrainedModel, max_seq_length: int) -> None:
+def _require_logits(model: PreTrainedModel, config: RunConfig) -> None:
     """Have the model compute one full sample, so that whatever it cannot do is found before any worker starts."""
+    max_seq_length = config.data.max_seq_length
     token_id = 1 if model.config.pad_token_id != 1 else 2
     input_ids = torch.full((1, max_seq_length), token_id)
     with torch.no_grad():
         logits = model.train()(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
-    if logits.shape[:2] != input_ids.shape or not torch.isfinite(logits).all():
+    expected = (1,) if config.task.type == "text-classification" else input_ids.shape
+    if logits.shape[:-1] != expected or not torch.isfinite(logits).all():
         raise ValueError("it gives no finite numbers for a sample of data.max_seq_length")
 
 
 def load_model(
-    folder: Path, attn_implementation: str | None, gradient_checkpointing: bool = False, torch_compile: bool = False
+    folder: Path,
+    attn_implementation: str | None,
+    gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
+    task: str = "masked-lm",
 ) -> PreTrainedModel:
     """Load saved weights in fp32. Under ZeRO-3 (once the Accelerator exists) each rank keeps its part only."""
-    model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
+    model: PreTrainedModel = MODEL_KINDS[task].auto_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
     )
     if gradient_checkpointing:
@@ -210,14 +304,14 @@ def load_model(
     return model
 
 
-def parameter_aliases(folder: Path) -> dict[str, list[str]]:
+def parameter_aliases(folder: Path, task: str) -> dict[str, list[str]]:
     """Every name of each trainable parameter of a saved model, tied ones included, by each of its names.
 
     Computes no weight, and holds none: the model is built from its config on torch's meta device.
     """
     model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(model_config)
+        model = MODEL_KINDS[task].auto_class.from_config(model_config)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

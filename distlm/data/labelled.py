@@ -1,0 +1,220 @@
+"""From rows with labels to samples on disk, once, in the cache that runs share.
+
+    CACHE/data-FINGERPRINT/          train-00000.arrow (one for each source), validation.arrow, info.json
+
+The labels that a model is to know are those of the training rows; `distlm.data.labels` says what becomes of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from distlm.config.schema import DataConfig, TextClassificationTask, TokenClassificationTask
+from distlm.data.blocks import blocks_path
+from distlm.data.cache import fingerprint, make_folder
+from distlm.data.corpus import VALIDATION, Corpus, are_held_out, train_target
+from distlm.data.labels import LabelInfo
+from distlm.data.notes import PreparationProgress, Report
+from distlm.data.parallel import Totals
+from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, open_corpus, prepare_tokenizer
+from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
+from distlm.data.samples import SampleWriter, sample_schema
+from distlm.data.tagged import TaggedRows
+from distlm.data.texts import TextRows
+from distlm.data.tokenize import tokenizer_digest
+from distlm.errors import InputError, Problem
+from distlm.run_folder import read_json, write_json
+
+FORMAT_VERSION = 1
+"""Of the samples; another one means other samples."""
+_ROWS_AT_ONCE = 1000
+
+LabelledTask = TextClassificationTask | TokenClassificationTask
+
+
+def prepare_labelled(
+    data: DataConfig,
+    task: LabelledTask,
+    tokenizer_name_or_path: str,
+    cache: Path,
+    report: Report = lambda progress: None,
+    commits: Mapping[str, str] | None = None,
+) -> PreparedData:
+    """Read, check and encode all rows, unless the cache has them; the arguments are those of `prepare_data`.
+
+    Raises InputError where a source, the tokenizer, a row or a label is bad.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    corpus = open_corpus(data, cache, report, commits)
+    tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache)
+    digest = tokenizer_digest(tokenizer)
+    told = task.model_dump(exclude={"class_weights", "label_smoothing_factor"})  # these are no matter of the samples
+    folder_name = fingerprint("labelled", FORMAT_VERSION, corpus.identity, data.max_seq_length, digest, told)
+
+    def write(folder: Path) -> None:
+        if (folder / INFO).exists():  # whoever made this was killed just before it was renamed
+            return
+        encoder = make_encoder(task, tokenizer, data.max_seq_length)
+        info = _Preparation(corpus, encoder, folder, report).info(folder_name, digest, len(tokenizer), data)
+        for source in corpus.sources:
+            source.check_unchanged()
+        _check_amount(info, data)
+        write_json(folder / INFO, asdict(info))
+
+    folder = cache / f"data-{folder_name}"
+    was_written = make_folder(folder, write)
+    info = DataInfo.from_json(read_json(folder / INFO))
+    return PreparedData(
+        tokenizer_path=tokenizer_path,
+        train_paths=[blocks_path(folder, train_target(number)) for number in range(len(data.train))],
+        validation_path=blocks_path(folder, VALIDATION) if info.validation else None,
+        info=info,
+        cached=not was_written,
+    )
+
+
+def make_encoder(task: LabelledTask, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> RowEncoder:
+    if task.type == "token-classification":
+        return TaggedRows(task, tokenizer, max_seq_length)
+    return TextRows(task, tokenizer, max_seq_length)
+
+
+@dataclass
+class _Split:
+    """What goes into one file."""
+
+    writer: SampleWriter
+    digest: Any = field(default_factory=hashlib.sha256)
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass
+class _SourceFindings:
+    counts: RowCounts = field(default_factory=RowCounts)
+    totals: Totals = field(default_factory=Totals)
+    trained: Totals = field(default_factory=Totals)
+    num_documents_in_training: int = 0
+    """Held-out texts that stand in the training data, too."""
+
+
+class _Preparation:
+    """One pass over the training rows for their labels, one to encode them, and one for what is held out."""
+
+    def __init__(self, corpus: Corpus, encoder: RowEncoder, folder: Path, report: Report) -> None:
+        self._corpus, self._encoder, self._report = corpus, encoder, report
+        self._training_texts: set[bytes] = set()
+        """Digests, to tell which held-out texts a model has seen."""
+        self._num_rows = itertools.count(1)
+        self._started_s = time.monotonic()
+        self._sources = [_SourceFindings() for _ in corpus.sources]
+        self._labels: LabelInfo = encoder.learn(lambda: (row for _, row in self._rows(is_training=True)))
+        with ExitStack() as files:
+            schema = sample_schema(encoder.has_token_types, encoder.label_type)
+            self._splits = {
+                target: _Split(SampleWriter(files.enter_context(blocks_path(folder, target).open("wb")), schema))
+                for target in corpus.targets
+            }
+            for is_training in (True, False):
+                for number, found in itertools.groupby(self._rows(is_training), key=lambda pair: pair[0]):
+                    rows = (row for _, row in found)
+                    while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+                        self._add(number, some, is_training)
+            for split in self._splits.values():
+                split.writer.close()
+
+    def _rows(self, is_training: bool) -> Iterator[tuple[int, LabelledRow]]:
+        """(number of the source, row) of all rows that are trained, or of all that are held out."""
+        held_out = are_held_out(self._corpus.fraction)
+        for number, source in enumerate(self._corpus.sources):
+            is_validation = number >= len(self._corpus.train)
+            for row in source.labelled_rows():
+                if (is_validation or next(held_out)) != is_training:
+                    yield number, row
+
+    def _add(self, number: int, rows: list[LabelledRow], is_training: bool) -> None:
+        """Encode rows of a source and write their samples."""
+        split = self._splits[train_target(number) if is_training else VALIDATION]
+        source = self._sources[number]
+        encoded = self._encoder.encode(rows, source.counts, is_training)
+        for row, samples in zip(rows, encoded, strict=True):
+            text = self._encoder.words(row)
+            row_number = split.totals.num_documents + split.totals.num_empty_documents
+            for sample in samples:
+                split.writer.add(row_number, sample.input_ids, sample.labels, sample.token_type_ids)
+            is_empty = not text.strip()
+            added = Totals(
+                num_documents=int(not is_empty),
+                num_empty_documents=int(is_empty),
+                num_text_bytes=len(text.encode("utf-8", "surrogatepass")),
+                num_tokens=sum(len(sample.input_ids) for sample in samples),
+                num_unknown_tokens=sum(sample.num_unknown_tokens for sample in samples),
+                num_blocks=len(samples),
+            )
+            split.totals += added
+            source.totals += added
+            if is_training:
+                source.trained += added
+            split.digest.update(repr((text, row.label)).encode("utf-8", "surrogatepass"))
+            text_digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if is_training:
+                self._training_texts.add(text_digest)
+            elif text_digest in self._training_texts and not is_empty:
+                source.num_documents_in_training += 1
+            if (count := next(self._num_rows)) % _ROWS_AT_ONCE == 0:
+                self._report(PreparationProgress("encoding rows", num_documents=count))
+
+    def info(self, folder_name: str, digest: str, vocab_size: int, data: DataConfig) -> DataInfo:
+        corpus = self._corpus
+
+        def told(number: int) -> dict[str, Any]:
+            source, found = corpus.sources[number], self._sources[number]
+            facts = {"name": source.name} | source.settings | source.size | asdict(found.totals)
+            facts |= asdict(source.counts) | asdict(found.counts)
+            facts |= {
+                "num_train_blocks": found.trained.num_blocks,
+                "num_documents_in_training": found.num_documents_in_training,
+            }
+            if number < len(corpus.train):
+                facts["content_sha256"] = self._splits[train_target(number)].digest.hexdigest()
+            return facts
+
+        def split(targets: list[str]) -> SplitInfo:
+            totals = sum((self._splits[target].totals for target in targets), Totals())
+            content = "".join(self._splits[target].digest.hexdigest() for target in targets)
+            return SplitInfo(**asdict(totals), content_sha256=hashlib.sha256(content.encode()).hexdigest())
+
+        sources = [told(number) for number in range(len(corpus.sources))]
+        return DataInfo(
+            format_version=FORMAT_VERSION,
+            fingerprint=folder_name,
+            train=split([target for target in corpus.targets if target != VALIDATION]),
+            validation=split([VALIDATION]) if VALIDATION in corpus.targets else None,
+            tokenizer_fingerprint=digest,
+            vocab_size=vocab_size,
+            max_seq_length=data.max_seq_length,
+            sources={"train": sources[: len(corpus.train)], "validation": sources[len(corpus.train) :]},
+            seconds=round(time.monotonic() - self._started_s, 3),
+            labels=asdict(self._labels),
+        )
+
+
+def _check_amount(info: DataInfo, data: DataConfig) -> None:
+    if not info.train.num_blocks:
+        raise InputError(Problem("the training sources hold no row that is trained", "data.train"))
+    if info.validation is not None and not info.validation.num_blocks:
+        if data.validation:
+            raise InputError(Problem("the validation sources hold no rows", "data.validation"))
+        message = (
+            f"none of the {info.train.num_blocks} training rows was held out; raise it, name sources under "
+            "data.validation, or set it to 0 for no evaluation"
+        )
+        raise InputError(Problem(message, "data.validation_fraction", str(data.validation_fraction)))

@@ -1,0 +1,140 @@
+"""Samples of different lengths with labels: the file that holds them, and batches of them. numpy and pyarrow only.
+
+The file is an Arrow IPC stream with one row for each sample:
+
+    input_ids        list of int32, special tokens included, no padding
+    token_type_ids   list of int8, as long; only where the model is given some
+    labels           list: of int32, one id (text) or one for each token; or of float32, one for each label or one number
+    row              int64: number of the row of the data that the sample is made of, or a part of
+
+B samples, S tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from distlm.data.pack import END_OF_STREAM
+
+IGNORED = -100
+"""Label of a token that is not predicted, as everywhere in transformers."""
+
+Ids = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples, each an array of its own."""
+
+    input_ids: list[Ids]
+    token_type_ids: list[Ids] | None
+    labels: list[NDArray[Any]]
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def sample_schema(has_token_types: bool, label_type: pa.DataType) -> pa.Schema:
+    """`label_type`: int32 or float32."""
+    fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(label_type)), ("row", pa.int64())]
+    return pa.schema([*fields, ("token_type_ids", pa.list_(pa.int8()))] if has_token_types else fields)
+
+
+class SampleWriter:
+    """Writes a file of samples; memory is that of one record batch."""
+
+    _SAMPLES_PER_BATCH = 4096
+
+    def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
+        self._file, self._schema = file, schema
+        self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+        file.write(schema.serialize())
+
+    def add(self, row: int, input_ids: Sequence[int], labels: Sequence[Any], token_type_ids: Sequence[int]) -> None:
+        values = {"input_ids": input_ids, "labels": labels, "row": row, "token_type_ids": token_type_ids}
+        for name, column in self._columns.items():
+            column.append(values[name])
+        if len(self._columns["row"]) == self._SAMPLES_PER_BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        if self._columns["row"]:
+            self._flush()
+        self._file.write(END_OF_STREAM)
+
+    def _flush(self) -> None:
+        self._file.write(pa.record_batch(self._columns, schema=self._schema).serialize())
+        self._columns = {name: [] for name in self._schema.names}
+
+
+class SampleDataset:
+    """The samples of one or several files, one after the other, memory-mapped."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.sizes: list[int] = []
+        """Samples in each file."""
+        self._batches: list[dict[str, tuple[NDArray[Any], NDArray[Any]]]] = []
+        self._rows: list[NDArray[np.int64]] = []
+        for path in paths:
+            size = 0
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    lists = {name: _ragged(batch[name]) for name in batch.schema.names if name != "row"}
+                    self._batches.append(lists)
+                    self._rows.append(batch["row"].to_numpy())
+                    size += batch.num_rows
+            self.sizes.append(size)
+        self._ends = np.cumsum([len(rows) for rows in self._rows], dtype=np.int64)
+        lengths = [np.diff(lists["input_ids"][1]) for lists in self._batches]
+        self.lengths: NDArray[np.int32] = np.concatenate(lengths).astype(np.int32) if lengths else np.zeros(0, np.int32)
+        """Tokens of each sample."""
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> Samples:
+        """Raises IndexError outside [0, len)."""
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"sample indices must be in [0, {len(self)})")
+        batches = np.searchsorted(self._ends, indices, side="right").tolist()
+        places = [
+            (number, int(index - (self._ends[number] - len(self._rows[number]))))
+            for number, index in zip(batches, indices, strict=True)
+        ]
+
+        def column(name: str) -> list[NDArray[Any]]:
+            found = []
+            for number, place in places:
+                values, offsets = self._batches[number][name]
+                found.append(values[offsets[place] : offsets[place + 1]])
+            return found
+
+        has_types = bool(self._batches) and "token_type_ids" in self._batches[0]
+        return Samples(
+            input_ids=column("input_ids"),
+            token_type_ids=column("token_type_ids") if has_types else None,
+            labels=column("labels"),
+            rows=np.array([self._rows[number][place] for number, place in places], np.int64),
+        )
+
+
+def _ragged(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(values, offsets) of a list column, without a copy."""
+    return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy()
+
+
+def pad(sequences: Iterable[NDArray[Any]], value: float, dtype: Any = np.int64) -> NDArray[Any]:
+    """Sequences side by side, [B, S], filled up at their ends with `value`."""
+    sequences = list(sequences)
+    padded = np.full((len(sequences), max(map(len, sequences), default=0)), value, dtype)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded

@@ -1,0 +1,73 @@
+"""Classification of the words of a text: named entities, slots, parts of speech.
+
+What a word is given is what is predicted for its first token. A text that is longer than a sample was divided into
+several, of which each word is labelled in one (`distlm.data.tagged`); for the scores they are put together again.
+
+B samples, S tokens of the longest, L labels, T targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distlm.config.schema import TokenClassificationTask
+from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
+from distlm.tasks import Evaluation, scores
+from distlm.tasks.labelled import LabelLoss, logits_of, make_batch
+
+if TYPE_CHECKING:
+    from distlm.tasks import Batch
+    from distlm.worker.prepare import Prepared
+
+
+class TokenClassification:
+    """See `distlm.tasks.Task`. Labels of a batch: ids [B, S]."""
+
+    def __init__(self, config: TokenClassificationTask, prepared: Prepared) -> None:
+        self._pad_token_id = prepared.pad_token_id
+        self._labels, self._scheme = np.array(prepared.labels, dtype=object), prepared.tag_scheme
+        self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
+
+    def dataset(self, paths: Sequence[Path]) -> SampleDataset:
+        return SampleDataset(paths)
+
+    def attach(self, model: nn.Module) -> None:
+        pass
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        return None
+
+    def collate(self, samples: Samples, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
+        return make_batch(samples, pad(samples.labels, IGNORED), self._pad_token_id)
+
+    def count_targets(self, batch: Batch) -> float:
+        return self._label_loss.count(batch["labels"])
+
+    def leave_out(self, batch: Batch, rows: torch.Tensor) -> None:
+        batch["labels"][rows] = IGNORED
+
+    def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch["labels"].to(device, non_blocking=True)
+        logits = logits_of(model, batch, device)[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own before
+        return self._label_loss.sum(logits.flatten(0, 1), labels.flatten()), logits.detach().argmax(dim=-1)
+
+    def judge(self, batch: Batch, indices: np.ndarray, predicted: torch.Tensor) -> list[tuple[int, np.ndarray]]:
+        is_word = (batch["labels"] != IGNORED).numpy()
+        ids = predicted.cpu().numpy().astype(np.int32)
+        return [(int(index), ids[b][is_word[b]]) for b, index in enumerate(indices) if is_word[b].any()]
+
+    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> Evaluation:
+        labels: dict[int, list[str]] = {}
+        predictions: dict[int, list[str]] = {}
+        for index, predicted in sorted(pair for batch in judged for pair in batch):
+            sample = data[np.array([index])]
+            row, ids = int(sample.rows[0]), sample.labels[0]
+            labels.setdefault(row, []).extend(self._labels[ids[ids != IGNORED]])
+            predictions.setdefault(row, []).extend(self._labels[predicted])
+        return scores.tagging(list(labels.values()), list(predictions.values()), self._scheme)
