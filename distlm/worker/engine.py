@@ -4,7 +4,7 @@
     model = ...from_pretrained(path)                  # under stage 3 this loads each rank's part only
     optimizer = build_optimizer(parameter_groups(model, weight_decay), ...)
     engine = prepare(accelerator, model, optimizer)
-    for each step: set_learning_rate(engine, lr); forward and accelerator.backward per micro batch
+    for each step: set_learning_rate(engine, lr); forward and backward(accelerator, loss, is_last=...) per micro batch
 
 **Precision.** `bf16` means fp32 parameters under torch autocast (DeepSpeed's `torch_autocast`) at every stage. The
 parameters, the gradients, their sum over micro batches and their reduction over ranks are fp32; the matrix products are
@@ -325,6 +325,19 @@ def _watch_grad_norm(engine: DeepSpeedEngine) -> None:
             engine.zero_grad()  # sets the gradients to None, and Adam passes over parameters without one
 
     engine.clip_fp32_gradients = clip_and_record
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Add the gradient of a micro batch to those of its step, and update the weights after the last one; collective.
+
+    How many micro batches a step has may differ from step to step, but not between the workers. DeepSpeed divides each
+    loss by the accumulation steps of the settings whatever that number is, and averages over the workers. ZeRO 2 and 3
+    reduce the gradient of every micro batch, 0 and 1 that of the step.
+    """
+    # What `accelerator.accumulate` sets by counting. The rest that it does, DeepSpeed's no_sync at stages 0 and 1, only
+    # spares a reduction that DeepSpeed leaves out by itself before the last micro batch.
+    accelerator.sync_gradients = is_last
+    accelerator.backward(loss)
 
 
 def global_grad_norm(engine: DeepSpeedEngine) -> float:

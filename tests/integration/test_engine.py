@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tiny_training import (
     WORLD_SIZE,
     fresh_engine,
     load_model,
+    loss_sum,
+    micro_batch,
+    num_masked_tokens,
     plain_curve,
     settings,
     train_step,
@@ -30,7 +34,15 @@ from distlm.worker import engine as engine_module
 from distlm.worker import shared_memory, zero_state
 from distlm.worker.attest import Expected, attest, gather_facts
 from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
-from distlm.worker.engine import EngineSettings, deepspeed_config, full_shape, global_grad_norm, parameter_groups
+from distlm.worker.engine import (
+    EngineSettings,
+    backward,
+    deepspeed_config,
+    full_shape,
+    global_grad_norm,
+    parameter_groups,
+    set_learning_rate,
+)
 
 STAGES = (0, 1, 2, 3)
 NUM_STEPS = 50
@@ -117,6 +129,61 @@ def test_bf16_gives_the_same_curve_at_every_stage(init: Path) -> None:
         assert largest_difference(norms, plain_norms) < 3e-2
     fp32_losses, _ = plain_curve(init, NUM_STEPS, MAX_GRAD_NORM)
     assert largest_difference(plain_losses, fp32_losses) > 1e-5  # the plain loop did run in bf16
+
+
+SAMPLES_PER_WORKER = 12
+DIFFERENT_COUNTS = (1, 3, 2, 12, 1)
+"""Micro batches of a worker, step by step."""
+
+
+def weights_of_counts(init: Path, case: EngineSettings, counts: Sequence[int], by_counting: bool) -> list[torch.Tensor]:
+    """This rank's fp32 weights after a step for each of the counts, in which the step's samples are cut into so many
+    micro batches. `by_counting`: with `accelerator.accumulate`, which knows one count only."""
+    accelerator, engine = fresh_engine(case, init)
+    for step, count in enumerate(counts):
+        batches = [micro_batch(step, index) for index in range(WORLD_SIZE * SAMPLES_PER_WORKER // MICRO_BATCH_SIZE)]
+        scale = WORLD_SIZE * case.gradient_accumulation_steps / num_masked_tokens(batches)
+        input_ids, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        mine = slice(torch.distributed.get_rank(), None, WORLD_SIZE)
+        pieces = list(zip(input_ids[mine].chunk(count), labels[mine].chunk(count), strict=True))
+        set_learning_rate(engine, LEARNING_RATE)
+        for number, piece in enumerate(pieces, 1):
+            if by_counting:
+                with accelerator.accumulate(engine):
+                    accelerator.backward(loss_sum(engine, *piece) * scale)
+            else:
+                backward(accelerator, loss_sum(engine, *piece) * scale, is_last=number == count)
+    return [flat.detach().clone() for flat in zero_state.flat_weights(engine)]
+
+
+def compare_counts(init: Path, cases: list[EngineSettings]) -> list[dict[str, float]]:
+    """Per case: how far this rank's weights are from those after as many micro batches as the settings say, counted by
+    Accelerate."""
+    num_steps = len(DIFFERENT_COUNTS)
+    results = []
+    for case in cases:
+        constant = [case.gradient_accumulation_steps] * num_steps
+        accumulated = weights_of_counts(init, case, constant, by_counting=True)
+        others = {"constant": constant, "whole": [1] * num_steps, "different": DIFFERENT_COUNTS, "untrained": ()}
+        differences = {}
+        for name, counts in others.items():
+            pairs = zip(weights_of_counts(init, case, counts, by_counting=False), accumulated, strict=True)
+            differences[name] = max(float((a - b).abs().max()) for a, b in pairs)
+        results.append(differences)
+    return results
+
+
+def test_a_step_may_have_any_number_of_micro_batches(init: Path) -> None:
+    """The update is that of the same samples in one micro batch. Where the number is constant, every bit is as with
+    `accelerator.accumulate`."""
+    cases = [EngineSettings(stage, "no", 2, SAMPLES_PER_WORKER // 2) for stage in STAGES]
+    cases += [replace(case, offload_optimizer_device="cpu") for case in cases[2:]]
+    for results in run_on_ranks(compare_counts, WORLD_SIZE, init, cases):
+        for difference in results:
+            assert difference["constant"] == 0.0
+            assert difference["whole"] < 1e-6
+            assert difference["different"] < 1e-6
+            assert difference["untrained"] > 1e-3
 
 
 def engine_checks(init: Path, stage: int) -> dict[str, Any]:
