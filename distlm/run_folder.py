@@ -187,6 +187,11 @@ class AttemptFolder:
         return self.path / "profile"
 
     @property
+    def evaluations(self) -> Path:
+        """Tables of the evaluations, a folder for each step."""
+        return self.path / "evaluations"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

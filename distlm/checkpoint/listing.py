@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.config.attempt import current_tree
+from distlm.config.metrics import METRICS
 from distlm.config.schema import TrainingConfig
 from distlm.errors import CheckpointError, InputError, UnknownFormatError
 from distlm.run_folder import RunFolder
@@ -63,10 +64,13 @@ def best_by(run: RunFolder) -> BestBy:
     damaged."""
     key, default = "metric_for_best_model", TrainingConfig.model_fields["metric_for_best_model"].default
     try:
-        name = current_tree(run)["training"].get(key, default)
+        tree = current_tree(run)
+        name = tree["training"].get(key, default)
+        task = tree.get("task", {})
+        kind = task.get("problem_type") or task.get("type", "masked-lm")  # as `problem_kind` has it
+        return BestBy(f"eval/{name}", METRICS[kind][name])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run.run_yaml} or an attempt.yaml is damaged: {type(error).__name__}: {error}") from error
-    return BestBy(f"eval/{name}", greater_is_better=name != "loss")
 
 
 def list_checkpoints(store: CheckpointStore, best: BestBy | None, *, verify: bool = False) -> list[Listed]:

@@ -64,6 +64,10 @@ class Progress(_Part):
     """Samples trained on so far, over all workers; the next step begins with the sample of this position."""
     epoch: Count
     """Epoch that this position is in, from 0."""
+    best_metric: float | None = None
+    """The best value so far of the metric for the best model; None: nothing was evaluated."""
+    num_evaluations_without_improvement: Count = 0
+    """One after the other, for early stopping."""
 
 
 class Optimizer(_Part):

@@ -289,8 +289,9 @@ def _task(config: RunConfig) -> Iterator[Problem]:
         yield Problem(message, "training.metric_for_best_model", metric)
     if task.type == "masked-lm":
         return
-    if config.model.config is not None and config.tokenizer.train is None and not config.tokenizer.name_or_path:
-        return  # told elsewhere
+    if config.tokenizer.train is not None:
+        message = "is for masked-lm only; give tokenizer.name_or_path, or leave it out: the model has a tokenizer"
+        yield Problem(message, "tokenizer.train")
     if task.labels is not None and len(set(task.labels)) < len(task.labels):
         yield Problem("names a label twice", "task.labels")
     if isinstance(task.class_weights, dict) and task.labels is not None:

@@ -320,8 +320,8 @@ class TrainingConfig(Section):
     load_best_model_at_end: bool = Field(
         default_factory=lambda data: data.get("early_stopping_patience") is not None
     )
-    """Make the final model of the best checkpoint; false: of the last one. By default true where
-    `early_stopping_patience` is given."""
+    """Make the final model of the best checkpoint, and save one whenever an evaluation was the best so far; false: of
+    the last checkpoint. By default true where `early_stopping_patience` is given."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy of the state in host memory (12 bytes per parameter, divided by
     the workers); false: training waits until each is written, as it does in any case where only the end is saved."""

@@ -76,6 +76,8 @@ class AttemptController:
         self._is_training = self._has_passed_on_stop = False
         """The workers have done a step that no earlier checkpoint holds."""
         self._stopped_after_step: int | None = None
+        self._is_complete_after_step: int | None = None
+        """The last step of the training, where it ends before that of the config."""
         self._asked_for: Any = None
         """Reference to messages of the workers that have been asked for and have not come yet."""
 
@@ -114,7 +116,7 @@ class AttemptController:
                 self._stop_if_asked()
                 self._check_tracker(recorder, _POLL_INTERVAL_S)
             if outcome.exit_code == ExitCode.SUCCEEDED:
-                self._export(prepared.total_steps)
+                self._export(self._is_complete_after_step or prepared.total_steps)
         except InputError:  # its problems are shown one by one
             raise
         except DistlmError as error:
@@ -144,7 +146,8 @@ class AttemptController:
         prepared: Prepared = self._result_of_helper(self._show_preparation)
         for note in notes(prepared.data_info["sources"]):
             self.progress.say(note)
-        if self.config.task.masked_only_head and not prepared.masked_only_head:
+        task = self.config.task
+        if task.type == "masked-lm" and task.masked_only_head and not prepared.masked_only_head:
             self.progress.say(
                 "warning: this model's head cannot compute masked positions alone, and computes all "
                 "(task.masked_only_head)"
@@ -311,6 +314,12 @@ class AttemptController:
                     self._record_startup(recorder, message)
             elif message.get("event") == "stopped":
                 self._stopped_after_step = message["step"]
+            elif message.get("event") == "ended_early":
+                self._is_complete_after_step = message["step"]
+                self.progress.say(
+                    f"training ends after step {message['step']}: {self.config.training.metric_for_best_model} was no "
+                    f"better in {self.config.training.early_stopping_patience} evaluations"
+                )
             elif message.get("event") == "step_map":
                 self.progress.say(message["message"])
 
@@ -324,9 +333,11 @@ class AttemptController:
     # --- after training ----------------------------------------------------------------------------------------------
 
     def _export(self, last_step: int) -> None:
-        """Write model/ in Hugging Face format from the last step's checkpoint, where no worker's memory is needed."""
+        """Write model/ in Hugging Face format from the last step's checkpoint or the best one, where no worker's memory
+        is needed."""
         self.progress.phase("export", "writing the model")
-        self._helper.begin(_export_task, str(self.run.path), last_step)
+        wanted = "best" if self.config.training.load_best_model_at_end else str(last_step)
+        self._helper.begin(_export_task, str(self.run.path), wanted)
         self._result_of_helper()
 
     def _describe(self, recorder: Recorder, cluster: Cluster, prepared: Prepared) -> None:
@@ -383,6 +394,8 @@ class AttemptController:
         self._provenance.record(recorder, 1.0 if self.stop.is_asked else _PROVENANCE_TIMEOUT_S)
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
+        for file in sorted(self.folder.evaluations.glob("*/*")):
+            recorder.log_artifact(file, f"evaluations/{file.parent.name}")
         for file in sorted(self.folder.profile.glob("*.md")):  # traces may be too large to be sent in time
             recorder.log_artifact(file, f"attempts/{self.folder.number:03d}/profile")
         problem = ""
@@ -481,7 +494,7 @@ def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
         folder.preparation_json.unlink(missing_ok=True)
 
 
-def _export_task(run_path: str, step: int) -> None:
+def _export_task(run_path: str, wanted: str) -> None:
     from distlm.worker.export import export_run
 
-    export_run(RunFolder(Path(run_path)), step)
+    export_run(RunFolder(Path(run_path)), wanted)

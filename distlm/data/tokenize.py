@@ -10,10 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distlm.errors import InputError, Problem
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """An existing tokenizer from a folder or the Hub.
+def load_tokenizer(name_or_path: str, needs_mask: bool = True) -> PreTrainedTokenizerFast:
+    """An existing tokenizer from a folder or the Hub. One without a token for padding pads with its last token of a
+    text, as is usual for causal models, where no token is masked.
 
-    Raises InputError where it cannot be loaded, is not a fast one, or lacks what masked language modelling needs.
+    Raises InputError where it cannot be loaded, is not a fast one, or lacks what the task needs.
     """
     key = "tokenizer.name_or_path"
     if name_or_path.startswith((os.sep, ".", "~")) and not os.path.isdir(name_or_path):
@@ -26,9 +27,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         message = "it is not a fast tokenizer (it has no tokenizer.json); use one that is, or tokenizer.train"
         raise InputError(Problem(message, key, name_or_path))
-    missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, name) is None]
+    if tokenizer.pad_token is None and not needs_mask:
+        tokenizer.pad_token = tokenizer.eos_token
+    needed = ("mask_token", "pad_token") if needs_mask else ("pad_token",)
+    missing = [name for name in needed if getattr(tokenizer, name) is None]
     if missing:
-        message = f"it has no {' and no '.join(missing)}, which masked language modelling needs; use another tokenizer"
+        message = f"it has no {' and no '.join(missing)}, which the task needs; use another tokenizer"
         raise InputError(Problem(message, key, name_or_path))
     return tokenizer
 

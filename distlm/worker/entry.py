@@ -113,6 +113,8 @@ def _train(
         profile_folder=attempt.profile,
         is_stop_wanted=stop_flag.is_set if stop_flag else lambda: False,
         stopped=lambda step: push({"kind": "event", "event": "stopped", "step": step}),
+        ended_early=lambda step: push({"kind": "event", "event": "ended_early", "step": step}),
+        tables_folder=attempt.evaluations,
     )
     with ExitStack() as scope:
         if stop_flag:

@@ -38,9 +38,9 @@ _WEIGHTS_NAME = "model.safetensors"
 logger = logging.getLogger(__name__)
 
 
-def export_run(run: RunFolder, step: int) -> None:
-    """Write model/ from the checkpoint of a step, and of no other, in place of an earlier one."""
-    checkpoint, manifest = choose_checkpoint(run, str(step))
+def export_run(run: RunFolder, wanted: str) -> None:
+    """Write model/ from the checkpoint that is `wanted`, and from no other, in place of an earlier one."""
+    checkpoint, manifest = choose_checkpoint(run, wanted)
     export_checkpoint(run, checkpoint, manifest, run.model, replace=True)
 
 
@@ -162,7 +162,7 @@ def _parameter_of_tensor(initial: Path, files: Iterable[TensorFile], manifest: M
     if any(parameter.name not in shapes for parameter in manifest.parameters):
         from distlm.worker.model import parameter_aliases
 
-        aliases = parameter_aliases(initial)
+        aliases = parameter_aliases(initial, task)
     found: dict[str, str] = {}
     for parameter in manifest.parameters:
         where = f"the checkpoint's parameter {parameter.name}"

@@ -28,7 +28,8 @@ from distlm.tracking.records import Record, now_ms
 
 _log = logging.getLogger(__name__)
 
-_BACKWARD_AND_FORWARD_PER_FORWARD = 3  # the backward pass multiplies once for the inputs and once for the weights
+# The backward pass multiplies once for the inputs and once for the weights, if these are trained.
+_PASSES, _PASSES_OF_ADAPTER = 3, 2
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -39,10 +40,9 @@ class StepTimer:
         self._clock = clock
         self._restart()
 
-    def count(self, num_tokens: int, num_samples: int) -> None:
-        """One step is done; `num_tokens` and `num_samples` are those of its global batch."""
+    def count(self, num_samples: int) -> None:
+        """One step is done; `num_samples` are those of its global batch."""
         self._num_steps += 1
-        self._num_tokens += num_tokens
         self._num_samples += num_samples
 
     @contextmanager
@@ -54,13 +54,14 @@ class StepTimer:
         finally:
             self._paused_s += self._clock() - start_s
 
-    def collect(self) -> dict[str, float]:
+    def collect(self, num_tokens: int) -> dict[str, float]:
         """The values since the last call, and a new beginning; empty when no step was done or no time went by.
+        `num_tokens` are those of the steps since then, padding not counted.
 
         On a CUDA device wait for its work first (reading the loss does), or the last steps are not in the time.
         """
         elapsed_s = self._clock() - self._start_s - self._paused_s
-        num_steps, num_tokens, num_samples = self._num_steps, self._num_tokens, self._num_samples
+        num_steps, num_samples = self._num_steps, self._num_samples
         self._restart()
         if not num_steps or elapsed_s <= 0:
             return {}
@@ -73,7 +74,7 @@ class StepTimer:
     def _restart(self) -> None:
         self._start_s = self._clock()
         self._paused_s = 0.0
-        self._num_steps = self._num_tokens = self._num_samples = 0
+        self._num_steps = self._num_samples = 0
 
 
 @cache
@@ -104,9 +105,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 def forward_flops_per_sample(
-    config: PretrainedConfig, sequence_length: int, num_predicted: float | None = None
+    config: PretrainedConfig,
+    sequence_length: int,
+    num_predicted: float | None = None,
+    auto_class: Any = AutoModelForMaskedLM,
 ) -> float:
-    """FLOPs of one forward pass of the masked language model of `config` over one sequence, padding included.
+    """FLOPs of one forward pass of the model of `config`, of a class of transformers, over one sequence.
 
     `num_predicted` is the mean number of positions that the prediction head computes, where it does not compute all of
     `sequence_length`. Attention in a sliding window counts as full attention. Counted on the meta device, without
@@ -116,16 +120,18 @@ def forward_flops_per_sample(
         HeadError: the model has no head that could compute some positions only.
     """
     try:
-        return _count_flops(config, sequence_length, num_predicted, "meta")
-    except RuntimeError:
-        return _count_flops(config, sequence_length, num_predicted, "cpu")
+        return _count_flops(config, sequence_length, num_predicted, auto_class, "meta")
+    except (RuntimeError, NotImplementedError):
+        return _count_flops(config, sequence_length, num_predicted, auto_class, "cpu")
 
 
-def _count_flops(config: PretrainedConfig, sequence_length: int, num_predicted: float | None, device: str) -> float:
+def _count_flops(
+    config: PretrainedConfig, sequence_length: int, num_predicted: float | None, auto_class: Any, device: str
+) -> float:
     with torch.device(device), torch.no_grad():
         # Eager attention consists of plain matrix products, which the counter knows on every device.
         # The copy, because from_config writes that choice into the config it is given.
-        model = AutoModelForMaskedLM.from_config(deepcopy(config), attn_implementation="eager").eval()
+        model = auto_class.from_config(deepcopy(config), attn_implementation="eager").eval()
         model.requires_grad_(False)
         # Without an attention mask: transformers would read its values.
         inputs = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}
@@ -138,9 +144,10 @@ def _count_flops(config: PretrainedConfig, sequence_length: int, num_predicted: 
     return float(counter.get_total_flops())
 
 
-def training_flops_per_sample(forward_flops: float) -> float:
-    """FLOPs of a forward and a backward pass. What activation checkpointing computes again is not counted (MFU)."""
-    return _BACKWARD_AND_FORWARD_PER_FORWARD * forward_flops
+def training_flops_per_sample(forward_flops: float, has_adapter: bool = False) -> float:
+    """FLOPs of a forward and a backward pass. What activation checkpointing computes again is not counted (MFU), nor
+    what an adapter adds."""
+    return (_PASSES_OF_ADAPTER if has_adapter else _PASSES) * forward_flops
 
 
 def peak_memory_gib(device: torch.device) -> float:

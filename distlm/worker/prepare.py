@@ -11,10 +11,11 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distlm.config.reproduce import original_of
+from distlm.config.resolve import has_adapter
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, whole_folder, write_json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
     from distlm.data.prepare import DataInfo
+    from distlm.worker.model import Head
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class Prepared:
     """Optimizer steps of the whole run, for this attempt's config."""
     vocab_size: int
     """Tokens of the tokenizer."""
-    mask_token_id: int
+    mask_token_id: int | None
+    """None: the tokenizer has none, and the task needs none."""
     pad_token_id: int
     special_token_ids: list[int]
     num_parameters: int
@@ -60,6 +63,17 @@ class Prepared:
     """Nothing was tokenised for this attempt."""
     is_from_hub: bool = False
     """`model.name_or_path` names a model on the Hub, not a folder."""
+    num_trainable_parameters: int = 0
+    labels: list[str] = field(default_factory=list)
+    """By their ids: those that the model knows, then those that only held-out data has."""
+    num_labels: int = 0
+    """How many the model knows."""
+    label_weights: list[float] | None = None
+    """In the loss, of each label that the model knows; None: all the same."""
+    tag_scheme: str = "none"
+    """Of the labels of words as the model learns them: iob2, or none."""
+    drawn_weights: list[str] = field(default_factory=list)
+    """Weights of a pretrained model that it did not have: its head for this task."""
 
 
 def sample_order(config: RunConfig, sizes: Sequence[int]) -> SampleOrder:
@@ -76,16 +90,18 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     Raises InputError for data, tokenizers, model configs and schedules that cannot be used.
     """
     from distlm.data.cache import LOCK
+    from distlm.data.labelled import prepare_labelled
+    from distlm.data.labels import LabelInfo, label_weights
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
-    from distlm.worker.model import pretrained_config, save_initial_model
+    from distlm.worker.model import Head, pretrained_config
 
     tokenizer_config = config.tokenizer
     if not (tokenizer_config.name_or_path or tokenizer_config.train):
         tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": config.model.name_or_path})
     # Fail on the model and the tokenizer before the corpus is tokenised, which may take hours.
     if config.model.name_or_path:
-        pretrained_config(config.model.name_or_path)
+        pretrained_config(config.model.name_or_path, config.task.type)
     if tokenizer_config.name_or_path:
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     before = read_json(run.init / "prepared.json")
@@ -95,40 +111,61 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         if tokenizer_config.train and kept.exists():  # the cache may be gone, and training again may give another
             tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": str(kept), "train": None})
     commits = _commits(before) if before is not None else _commits_to_reproduce(config, run)
-    data = prepare_data(config.data, tokenizer_config, run.cache, report, commits)
-    tokenizer = load_tokenizer(str(data.tokenizer_path))
-    model_config = _model_config(config, tokenizer)
-    if config.task.whole_word_masking:
+    if config.task.type == "masked-lm":
+        data = prepare_data(config.data, tokenizer_config, run.cache, report, commits)
+    else:
+        assert tokenizer_config.name_or_path  # resolve.contradictions
+        data = prepare_labelled(config.data, config.task, tokenizer_config.name_or_path, run.cache, report, commits)
+    tokenizer = load_tokenizer(str(data.tokenizer_path), needs_mask=config.task.type == "masked-lm")
+    labels = LabelInfo(**data.info.labels) if data.info.labels else LabelInfo([], 0, [])
+    head = None
+    if config.task.type != "masked-lm":
+        problem_type = config.task.problem_type if config.task.type == "text-classification" else None
+        head = Head(labels.names[: labels.num_known], problem_type)
+    model_config = _model_config(config, tokenizer, head)
+    if config.task.type == "masked-lm" and config.task.whole_word_masking:
         _check_words(data.tokenizer_path)
     if before is not None:
         _check_same_data(DataInfo.from_json(before["data_info"]), data.info)
 
     run.init.mkdir(exist_ok=True)
+    num_train_samples = data.info.train.num_blocks
+    total_steps = _total_steps(config, num_train_samples)
     if not (run.init / "model").exists():
-        save_initial_model(config, model_config, run.init / "model")
+        drawn_weights = _make_initial_weights(config, model_config, run, total_steps)
+    else:
+        drawn_weights = before["drawn_weights"] if before else []
     if not (run.init / "tokenizer").exists():
         with whole_folder(run.init / "tokenizer") as folder:
             shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 
-    flops, masked_only_head = forward_flops(config, model_config)
-    num_train_samples = data.info.train.num_blocks
+    mean_length = config.data.max_seq_length
+    if config.task.type != "masked-lm":
+        mean_length = max(1, round(data.info.train.num_tokens / num_train_samples))
+    flops, masked_only_head = forward_flops(config, model_config, mean_length)
     prepared = Prepared(
         train_paths=[str(path) for path in data.train_paths],
         validation_path=str(data.validation_path) if data.validation_path else None,
         num_train_samples=num_train_samples,
         num_validation_samples=data.info.validation.num_blocks if data.info.validation else 0,
-        total_steps=_total_steps(config, num_train_samples),
+        total_steps=total_steps,
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
-        num_parameters=_count_parameters(run),
+        num_parameters=_count_parameters(run.init / "model") + _count_parameters(run.init / "adapter"),
+        num_trainable_parameters=_count_trainable_parameters(config, run),
         forward_flops_per_sample=flops,
         masked_only_head=masked_only_head,
         data_info=asdict(data.info),
         train_mixture=_mixture(config, data.info),
         data_was_cached=data.cached,
         is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
+        labels=labels.names,
+        num_labels=labels.num_known or int(config.task.type != "masked-lm"),
+        label_weights=None if config.task.type == "masked-lm" else label_weights(config.task.class_weights, labels),
+        tag_scheme="none" if labels.tag_scheme == "none" else "iob2",
+        drawn_weights=drawn_weights,
     )
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
@@ -144,24 +181,26 @@ def _check_words(tokenizer: Path) -> None:
         raise InputError(Problem(f"{error}; set it to false", "task.whole_word_masking", "true")) from error
 
 
-def forward_flops(config: RunConfig, model_config: Any) -> tuple[float, bool]:
-    """FLOPs of a sample's forward pass, and whether the head computes the masked positions only."""
+def forward_flops(config: RunConfig, model_config: Any, length: int) -> tuple[float, bool]:
+    """FLOPs of the forward pass of a sample of that many tokens, and whether the head computes the masked positions only.
+    """
     from distlm.worker.metrics import forward_flops_per_sample
+    from distlm.worker.model import MODEL_KINDS
 
-    length = config.data.max_seq_length
-    if config.task.masked_only_head:
+    auto_class = MODEL_KINDS[config.task.type].auto_class
+    if config.task.type == "masked-lm" and config.task.masked_only_head:
         try:
             return forward_flops_per_sample(model_config, length, config.task.mlm_probability * length), True
         except Exception as error:  # noqa: BLE001 - whatever an unusual head raises when it is given some positions
             logger.warning("the head computes every position: %s", error)
-    return forward_flops_per_sample(model_config, length), False
+    return forward_flops_per_sample(model_config, length, auto_class=auto_class), False
 
 
 def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
     from distlm.data.tokenize import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(name_or_path)
+        tokenizer = load_tokenizer(name_or_path, needs_mask=config.task.type == "masked-lm")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             # transformers makes such a one, without a word, for a folder that has nothing but a model's config.json.
             raise InputError(
@@ -268,11 +307,11 @@ def _check_same_data(before: DataInfo, now: DataInfo) -> None:
         raise InputError(*(Problem(_NOT_THE_SAME, key) for key in different))
 
 
-def _model_config(config: RunConfig, tokenizer: Any) -> Any:
+def _model_config(config: RunConfig, tokenizer: Any, head: Head | None = None) -> Any:
     from distlm.worker.model import build_model_config, check_positions
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
-    model_config = build_model_config(config, len(tokenizer), ids)
+    model_config = build_model_config(config, len(tokenizer), ids, head)
     check_positions(model_config, config.data.max_seq_length)
     return model_config
 
@@ -294,11 +333,33 @@ def _check_schedule(config: RunConfig, total_steps: int) -> None:
     learning_rate_schedule(config, total_steps)
 
 
-def _count_parameters(run: RunFolder) -> int:
+def _make_initial_weights(config: RunConfig, model_config: Any, run: RunFolder, total_steps: int) -> list[str]:
+    """Write init/model and, where one is trained, init/adapter; names of the pretrained weights that were drawn anew."""
+    from distlm.worker.model import initial_model, save_initial_model
+
+    model, drawn = initial_model(config, model_config)
+    if not has_adapter(config):
+        save_initial_model(model, run.init / "model")
+    else:
+        from distlm.worker.initial_adapter import save_with_adapter
+
+        save_with_adapter(config, model, bool(drawn), run, total_steps)
+    return drawn
+
+
+def _count_trainable_parameters(config: RunConfig, run: RunFolder) -> int:
+    if not has_adapter(config):
+        return _count_parameters(run.init / "model")
+    from distlm.worker.adapter import count_trainable
+
+    return count_trainable(run.init / "adapter")
+
+
+def _count_parameters(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for file in (run.init / "model").glob("*.safetensors"):
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total

@@ -3,8 +3,8 @@
 Everything random is a function of (seed, step, micro batch) or (seed, pass, sample index), so that a run can stop at
 any step and go on, on the same or on another number of workers, as if it had never stopped.
 
-Samples of step s (from 1): global positions (s - 1) * global_batch ... s * global_batch - 1. Micro batch m of the step
-covers micro_batch of them; worker r of W takes the micro batches m = r, r + W, r + 2 W, ...
+Samples of step s (from 1): global positions (s - 1) * global_batch ... s * global_batch - 1, which `data.batches` cuts
+into micro batches; worker r of W takes the micro batches m = r, r + W, r + 2 W, ...
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from distlm.checkpoint.manifest import Progress
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
-from distlm.config.resolve import batch_plan, profiled_steps
+from distlm.config.metrics import METRICS
+from distlm.config.resolve import batch_plan, has_adapter, problem_kind, profiled_steps
 from distlm.config.schema import RunConfig, TrainingConfig
+from distlm.data.batches import EvaluationBatch, StepOrder, evaluation_batches
 from distlm.data.order import permute
-from distlm.data.pack import PackedDataset
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
 from distlm.tasks import Batch, Task, make_task
@@ -36,6 +39,7 @@ from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_che
 from distlm.worker.cpu_layers import use_cpu_layers
 from distlm.worker.engine import (
     EngineSettings,
+    backward,
     build_optimizer,
     global_grad_norm,
     make_accelerator,
@@ -45,6 +49,7 @@ from distlm.worker.engine import (
 )
 from distlm.worker.metrics import StepTimer, measure_matmul_flops, peak_memory_gib, training_flops_per_sample
 from distlm.worker.model import load_model
+from distlm.worker.patience import Patience
 from distlm.worker.prefetch import Prefetcher
 from distlm.worker.prepare import Prepared, sample_order
 from distlm.worker.profile import StepMap, StepProfiler, describe
@@ -52,6 +57,7 @@ from distlm.worker.schedule import learning_rate_schedule
 from distlm.worker.stop import Votes
 
 _LAST_SAVE_TIMEOUT_S = 60.0
+_LEAST_TARGETS = 1e-6  # a step without any has a loss of 0; targets may have weights far below 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ class WorkerContext:
     """Whether this worker wants the training to stop before its end. All stop after the same step if one wants it."""
     stopped: Callable[[int], None] = lambda step: None
     """Is told after which step, which is saved, the training has stopped before its end. Called on rank 0 only."""
+    ended_early: Callable[[int], None] = lambda step: None
+    """Is told after which step, which is saved, the training is complete since it got no better. On rank 0 only."""
+    tables_folder: Path | None = None
+    """Where tables of the evaluations go; None: they are not written."""
     profile_folder: Path | None = None
     """Where the map of the profiled steps goes; None: they are not profiled."""
 
@@ -98,7 +108,7 @@ def train(context: WorkerContext) -> None:
 def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
     """The loop."""
     step = worker.first_step - 1
-    for step in range(worker.first_step, last_step + 1):
+    for step in range(worker.first_step, last_step + 1) if not worker.patience.is_exhausted else ():
         with worker.profiler.step(step):
             worker.train_step(step)
         stops = worker.votes.want_stop()
@@ -109,15 +119,17 @@ def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
         with worker.timer.paused():
             if worker.profiler.is_done:
                 worker.write_step_map()
+            is_best = False
             if is_due(step, config.eval_steps, last_step) and not (stops and step < last_step):
-                worker.evaluate(step)
-            if is_due(step, config.save_steps, last_step) or stops:
+                is_best = worker.evaluate(step)
+            ends = stops or worker.patience.is_exhausted
+            if is_due(step, config.save_steps, last_step) or ends or (is_best and config.load_best_model_at_end):
                 worker.save(step)
-        if stops:
+        if ends:
             break
     worker.finish_save(step, at_the_end=True)
     if step < last_step and worker.rank == 0:
-        worker.context.stopped(step)
+        (worker.context.ended_early if worker.patience.is_exhausted else worker.context.stopped)(step)
 
 
 def is_due(step: int, interval: int | None, last_step: int) -> bool:
@@ -154,12 +166,17 @@ class Worker:
         self.device = self.accelerator.device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.task: Task = make_task(config, prepared, context.run.init / "tokenizer")
-        model = load_model(
+        model: nn.Module = load_model(
             context.run.init / "model",
             config.model.attn_implementation,
             config.training.gradient_checkpointing,
             config.training.torch_compile,
+            config.task.type,
         )
+        if has_adapter(config):
+            from distlm.worker.adapter import load_adapter
+
+            model = load_adapter(model, context.run.init / "adapter")
         self.task.attach(model)
         if self.settings.device == "cpu" and not config.training.torch_compile:
             use_cpu_layers(model)
@@ -172,8 +189,11 @@ class Worker:
         )
         self.engine = prepare(self.accelerator, model, optimizer)
         self.first_step = 1
+        self.patience = Patience(config.training, self._is_greater_better())
         if context.checkpoint is not None:
-            self.first_step = load_checkpoint(self.engine, context.checkpoint, seed=config.seed).step + 1
+            manifest = load_checkpoint(self.engine, context.checkpoint, seed=config.seed)
+            self.first_step = manifest.step + 1
+            self.patience.restore(manifest.progress)
         self.saver = CheckpointSaver(
             self.engine,
             CheckpointStore(context.run.checkpoints),
@@ -182,16 +202,24 @@ class Worker:
             retention=Retention(
                 config.training.save_total_limit,
                 metric=f"eval/{config.training.metric_for_best_model}",
-                greater_is_better=config.training.metric_for_best_model != "loss",
+                greater_is_better=self._is_greater_better(),
             ),
             on_committed=self._report_saved,
         )
         self._evaluation: dict[str, float] = {}
         self._evaluated_step = 0
 
-        self.train_data = PackedDataset([Path(path) for path in prepared.train_paths])
-        self.order = sample_order(config, self.train_data.sizes)
-        self.validation_data = PackedDataset([Path(prepared.validation_path)]) if prepared.validation_path else None
+        self.train_data = self.task.dataset([Path(path) for path in prepared.train_paths])
+        lengths = getattr(self.train_data, "lengths", None)
+        self.steps = StepOrder(
+            sample_order(config, self.train_data.sizes),
+            self.plan,
+            lengths,
+            group_by_length=config.training.group_by_length and lengths is not None,
+            max_tokens=config.training.per_device_train_batch_tokens if lengths is not None else None,
+            seed=config.seed,
+        )
+        self.validation_data = self.task.dataset([Path(prepared.validation_path)]) if prepared.validation_path else None
         self.batches = Prefetcher(self._make_batches, prepared.total_steps)
         self.profiler = StepProfiler(self._steps_to_profile(), self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
@@ -204,6 +232,7 @@ class Worker:
         # In double precision, so that what is reported does not depend on the order in which many are added up.
         self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         self._num_targets = torch.zeros((), device=self.device, dtype=torch.float64)
+        self._num_tokens = torch.zeros((), device=self.device, dtype=torch.float64)
 
     # --- the parts of the loop ---------------------------------------------------------------------------------------
 
@@ -211,25 +240,26 @@ class Worker:
         """One optimizer step on this worker's micro batches."""
         with self.profiler.phase("data"):
             batches = self.batches.get(step)
-        my_num_targets = sum(self.task.count_targets(batch) for batch in batches)
-        counts = torch.tensor([my_num_targets, self.context.is_stop_wanted()], dtype=torch.float32)
-        num_targets, num_stop_votes = self._sum_over_workers(counts)
+        mine = [sum(self.task.count_targets(batch) for batch in batches), _num_tokens(batches)]
+        counts = torch.tensor([*mine, self.context.is_stop_wanted()], dtype=torch.float32)
+        num_targets, num_tokens, num_stop_votes = self._sum_over_workers(counts)
         self.votes.count(num_stop_votes)
         # DeepSpeed averages over workers and accumulation steps; this makes it the mean over all targets of the step.
-        scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=1)
+        scale = self.world_size * self.plan.accumulation_steps / num_targets.clamp(min=_LEAST_TARGETS)
         set_learning_rate(self.engine, self.schedule(step))
+        numbers = self.my_micro_batches(step)
         if self.context.on_samples:
-            told = zip(self.my_micro_batches(), batches, strict=True)
+            told = zip(numbers, batches, strict=True)
             self.context.on_samples([self._micro_batch(step, m, batch) for m, batch in told])
-        for m, batch in zip(self.my_micro_batches(), batches, strict=True):
+        for m, batch in zip(numbers, batches, strict=True):
             torch.manual_seed(dropout_seed(self.config.seed, step, m))
-            with self.accelerator.accumulate(self.engine):
-                with self.profiler.phase("forward"):
-                    loss_sum, _ = self.task.loss(self.engine, batch, self.device)
-                self.accelerator.backward(loss_sum * scale)
-                self._loss_sum += loss_sum.detach()
+            with self.profiler.phase("forward"):
+                loss_sum, _ = self.task.loss(self.engine, batch, self.device)
+            backward(self.accelerator, loss_sum * scale, is_last=m == numbers[-1])
+            self._loss_sum += loss_sum.detach()
         self._num_targets += num_targets
-        self.timer.count(self.plan.global_batch * self.config.data.max_seq_length, self.plan.global_batch)
+        self._num_tokens += num_tokens
+        self.timer.count(self.plan.global_batch)
 
     def log(self, step: int) -> None:
         """Report the metrics of the steps since the last call. Collective.
@@ -245,30 +275,43 @@ class Worker:
         if self._sum_over_workers(int(self.saver.has_failed)):  # here, where the workers meet on the host anyway
             self.finish_save(step)
 
-    def evaluate(self, step: int) -> None:
-        """Report loss, perplexity and accuracy on the held-out samples. Collective."""
+    def evaluate(self, step: int) -> bool:
+        """Report the loss and the task's metrics on the held-out samples; whether they are the best so far. Collective.
+        """
         if self.validation_data is None:
-            return
+            return False
         self.engine.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
+        judged = []
         with torch.no_grad():
-            for batch in self.evaluation_batches():
-                loss_sum, correct = self.task.loss(self.engine, batch, self.device)
-                sums += torch.tensor([float(loss_sum), float(correct), float(self.task.count_targets(batch))])
+            for chosen, batch in self.evaluation_batches():
+                loss_sum, predicted = self.task.loss(self.engine, batch, self.device)
+                sums += torch.tensor([float(loss_sum), self.task.count_targets(batch)])
+                if chosen.is_counted:
+                    judged.append(self.task.judge(batch, chosen.indices, predicted))
         self.engine.train()
-        loss_sum, correct, num_targets = self._sum_over_workers(sums).tolist()
-        loss = loss_sum / max(num_targets, 1.0)
-        self._evaluated_step, self._evaluation = (
-            step,
-            {
-                "eval/loss": loss,
-                "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
-                "eval/accuracy": correct / max(num_targets, 1.0),
-            },
-        )
+        loss_sum, num_targets = self._sum_over_workers(sums).tolist()
+        loss = loss_sum / max(num_targets, _LEAST_TARGETS)
+        self._evaluated_step, self._evaluation = step, {"eval/loss": loss} | self._judge(step, judged, loss, num_targets)
         if self.rank == 0:
             self.context.report(step, self._evaluation)
         self._require_finite(loss, step)
+        self.patience.look_at(self._evaluation.get(f"eval/{self.config.training.metric_for_best_model}"))
+        return self.patience.best_is_new
+
+    def _judge(self, step: int, judged: list[Any], loss: float, num_targets: float) -> dict[str, float]:
+        """The task's metrics of what all workers have judged; rank 0 computes them. Collective."""
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(judged, gathered, dst=0)
+        box: list[dict[str, float]] = [{}]
+        if gathered is not None:
+            everything = [batch for of_rank in gathered for batch in of_rank]
+            evaluation = self.task.evaluation(everything, loss, num_targets, self.validation_data)
+            box = [{f"eval/{name}": value for name, value in evaluation.metrics.items()}]
+            if self.context.tables_folder is not None:
+                write_tables(self.context.tables_folder / f"step-{step:08d}", evaluation.tables)
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def save(self, step: int) -> None:
         """Begin to save a checkpoint. Collective. Never saves a broken state."""
@@ -276,7 +319,12 @@ class Worker:
         stopped_at = time.monotonic()
         self.finish_save(step)
         position = step * self.plan.global_batch
-        progress = Progress(sample_position=position, epoch=position // self.prepared.num_train_samples)
+        progress = Progress(
+            sample_position=position,
+            epoch=position // self.prepared.num_train_samples,
+            best_metric=self.patience.best,
+            num_evaluations_without_improvement=self.patience.num_without_improvement,
+        )
         evaluation = self._evaluation if self._evaluated_step == step else {}
         metrics = {k: v for k, v in evaluation.items() if math.isfinite(v)}
         self.saver.save(step, progress, metrics, stopped_at=stopped_at)
@@ -304,78 +352,83 @@ class Worker:
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def my_micro_batches(self) -> range:
-        """Which micro batches of every step are this worker's."""
-        return range(self.rank, self.plan.micro_batches, self.world_size)
-
-    def first_position(self, step: int, micro_batch: int) -> int:
-        """Global position, counted over the whole run, of the first sample of a micro batch."""
-        return (step - 1) * self.plan.global_batch + micro_batch * self.plan.micro_batch
+    def my_micro_batches(self, step: int) -> range:
+        """Which micro batches of a step are this worker's."""
+        return range(self.rank, len(self.steps.step(step).micro_batches), self.world_size)
 
     def _make_batches(self, step: int) -> list[Batch]:
         """This worker's micro batches of a step, in pinned memory where a GPU fetches them from there."""
-        batches = [self.samples(self.first_position(step, m), self.plan.micro_batch) for m in self.my_micro_batches()]
+        batches = [self.micro_batch(step, m) for m in self.my_micro_batches(step)]
         if self.settings.device == "cuda":
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches
 
-    def samples(self, first_position: int, count: int) -> Batch:
-        """Consecutive training samples, masked."""
-        passes, indices = self.order.samples(first_position, count)
+    def micro_batch(self, step: int, number: int) -> Batch:
+        """A micro batch of a step, masked or labelled."""
+        passes, indices, _ = self._samples(step, number)
         return self.task.collate(self.train_data[indices], passes, indices, training=True)
+
+    def _samples(self, step: int, number: int) -> tuple[np.ndarray, np.ndarray, range]:
+        """(passes, indices, global positions over the whole run) of the samples of a micro batch."""
+        samples = self.steps.step(step)
+        cut = samples.micro_batches[number]
+        before = (step - 1) * self.plan.global_batch
+        return samples.passes[cut], samples.indices[cut], range(before + cut.start, before + cut.stop)
 
     def _micro_batch(self, step: int, number: int, batch: Batch) -> MicroBatch:
         """Which samples a micro batch holds, for the record."""
-        first, count = self.first_position(step, number), self.plan.micro_batch
-        passes, indices = self.order.samples(first, count)
-        positions = list(range(first, first + count))
-        return MicroBatch(step, number, positions, passes.tolist(), indices.tolist(), batch_sha256(batch))
+        passes, indices, positions = self._samples(step, number)
+        return MicroBatch(step, number, list(positions), passes.tolist(), indices.tolist(), batch_sha256(batch))
 
-    def evaluation_batches(self) -> Iterator[Batch]:
-        """This worker's share of the evaluation: the same number of batches of the same size on every worker, since a
-        forward pass is collective under ZeRO-3. Places beyond the end hold a sample that is not counted."""
+    def evaluation_batches(self) -> Iterator[tuple[EvaluationBatch, Batch]]:
+        """This worker's share of the evaluation: as many batches as every other worker's, since a forward pass is
+        collective under ZeRO-3."""
         assert self.validation_data is not None
-        total = len(self.validation_data)
-        count = min(total, self.config.training.max_eval_samples or total)
-        size = min(self.config.training.per_device_eval_batch_size, math.ceil(count / self.world_size))
-        chosen = permute(np.arange(count), total, 0, 0)
-        for start in range(0, count, size * self.world_size):
-            places = start + self.rank * size + np.arange(size)
-            indices = chosen[np.minimum(places, count - 1)]
+        training, total = self.config.training, len(self.validation_data)
+        chosen = permute(np.arange(min(total, training.max_eval_samples or total)), total, 0, 0)
+        lengths = getattr(self.validation_data, "lengths", None)
+        batches = evaluation_batches(
+            chosen,
+            np.full(len(chosen), self.config.data.max_seq_length) if lengths is None else lengths[chosen],
+            training.per_device_eval_batch_size,
+            None if lengths is None else training.per_device_train_batch_tokens,
+            self.world_size,
+        )
+        for chosen_batch in batches[self.rank :: self.world_size]:
+            indices = chosen_batch.indices
             batch = self.task.collate(self.validation_data[indices], np.zeros_like(indices), indices, training=False)
-            self.task.leave_out(batch, torch.from_numpy(places >= count))
-            yield batch
+            if not chosen_batch.is_counted:
+                self.task.leave_out(batch, torch.ones(len(indices), dtype=torch.bool))
+            yield chosen_batch, batch
 
     # --- before step 1 -----------------------------------------------------------------------------------------------
 
     def attest(self) -> None:
         """Stop unless the workers train what the config asks for. Collective. Raises AttestationError."""
-        base = self.first_position(self.first_step, 0)
-        starts = [self.first_position(self.first_step, m) for m in self.my_micro_batches()]
-        positions = [start + i for start in starts for i in range(self.plan.micro_batch)]
-        every_start = [self.first_position(self.first_step, m) for m in range(self.plan.micro_batches)]
-        facts = gather_facts(self.engine, self.accelerator, positions, {p: self._fingerprint(p) for p in every_start})
+        step = self.first_step
+        positions = [position for m in self.my_micro_batches(step) for position in self._samples(step, m)[2]]
+        fingerprints = {
+            self._samples(step, m)[2].start: batch_sha256(self.micro_batch(step, m))
+            for m in range(len(self.steps.step(step).micro_batches))
+        }
+        facts = gather_facts(self.engine, self.accelerator, positions, fingerprints)
         expected = Expected(
             world_size=self.config.resources.num_workers,
             zero_stage=self.config.deepspeed.zero_stage,
             device_type=self.settings.device,
-            first_position=base,
+            first_position=(step - 1) * self.plan.global_batch,
             global_batch_size=self.plan.global_batch,
         )
         attest(facts, expected)
 
-    def _fingerprint(self, position: int) -> str:
-        """Hash of the micro batch that begins at a position, as the model would see it."""
-        return batch_sha256(self.samples(position, self.plan.micro_batch))
-
     # --- metrics -----------------------------------------------------------------------------------------------------
 
     def _training_metrics(self, step: int) -> dict[str, float]:
-        loss = float(self._sum_over_workers(self._loss_sum)) / max(float(self._num_targets), 1.0)
-        self._loss_sum.zero_()
-        self._num_targets.zero_()
-        speed = self.timer.collect()
-        flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * speed["throughput/samples_per_s"]
+        loss = float(self._sum_over_workers(self._loss_sum)) / max(float(self._num_targets), _LEAST_TARGETS)
+        speed = self.timer.collect(int(self._num_tokens))
+        for total in (self._loss_sum, self._num_targets, self._num_tokens):
+            total.zero_()
+        flops = self._flops_per_sample() * speed["throughput/samples_per_s"]
         return {
             "train/loss": loss,
             "learning_rate": self.schedule(step),
@@ -385,6 +438,12 @@ class Worker:
             "memory/peak_gib": self._max_over_workers(peak_memory_gib(self.device)),
             "epoch": step * self.plan.global_batch / self.prepared.num_train_samples,
         }
+
+    def _flops_per_sample(self) -> float:
+        return training_flops_per_sample(self.prepared.forward_flops_per_sample, has_adapter(self.config))
+
+    def _is_greater_better(self) -> bool:
+        return METRICS[problem_kind(self.config)][self.config.training.metric_for_best_model]
 
     def _steps_to_profile(self) -> range:
         """Those of `profile.steps` that this attempt trains."""
@@ -404,7 +463,7 @@ class Worker:
         maps: list[StepMap] = [mine] * self.world_size
         dist.all_gather_object(maps, mine)
         if self.rank == 0:
-            flops = training_flops_per_sample(self.prepared.forward_flops_per_sample) * self.plan.global_batch
+            flops = self._flops_per_sample() * self.plan.global_batch
             text = describe(maps, self.profiler.steps, flops / self.world_size, self.peak_flops)
             (self.context.profile_folder / "step_map.md").write_text(text, encoding="utf-8")
             self.context.show(text)
@@ -430,6 +489,18 @@ class Worker:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
+
+
+def _num_tokens(batches: list[Batch]) -> int:
+    """Tokens, without padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def write_tables(folder: Path, tables: dict[str, str]) -> None:
+    """Write the tables of an evaluation, if it has any."""
+    for name, content in tables.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def batch_sha256(batch: Batch) -> str:
