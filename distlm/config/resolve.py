@@ -183,6 +183,8 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
     yield from _task(config)
     yield from _adapter(config)
     yield from _data(config)
+    if config.task.type == "masked-lm":
+        yield from _no_labels(config)
 
     if (training.max_steps is None) == (training.num_train_epochs is None):
         which = "neither is" if training.max_steps is None else "both are"
@@ -367,6 +369,26 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     if trained and trained.type == "bpe" and trained.vocab_size < MIN_BPE_VOCABULARY:
         message = f"bpe needs {MIN_BPE_VOCABULARY} or more: 256 bytes and 5 special tokens"
         yield Problem(message, "tokenizer.train.vocab_size")
+
+
+def _no_labels(config: RunConfig) -> Iterator[Problem]:
+    """Of a task that reads text alone: what sources say about labels."""
+    for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for number, source in enumerate(sources):
+            key = f"data.{split}.{number}"
+            for name in ("label_column", "text_pair_column"):
+                if getattr(source, name) is not None:
+                    message = f"has no meaning for the task {config.task.type}, which reads text alone; leave it out"
+                    yield Problem(message, f"{key}.{name}")
+            if source.source == "parallel":
+                message = (
+                    f"is for tasks with labels, and {config.task.type} reads text alone; use a source of files, with "
+                    "format: txt where the suffix does not tell"
+                )
+                yield Problem(message, f"{key}.source")
+            elif source.source == "files" and source.format in ("conll", "conllu"):
+                message = f"holds words with labels, and the task {config.task.type} reads text"
+                yield Problem(message, f"{key}.format")
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

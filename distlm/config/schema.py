@@ -29,6 +29,13 @@ def _text_encoding(name: str) -> str:
     return codecs.lookup(name).name
 
 
+def _delimiter(text: str) -> str:
+    if len(text) != 1 or text in '\r\n"':
+        message = "must be one character, and no quote or line end, such as ';' or \"\\t\" (a tab)"
+        raise PydanticCustomError("delimiter", message)
+    return text
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, no silent conversion of types."""
 
@@ -168,17 +175,36 @@ class SourceSettings(Section):
     one or none has. null: every sample of every source once per epoch. For training sources only."""
 
 
-class FilesSource(SourceSettings):
-    """Local text files: .txt (paragraphs separated by blank lines), .jsonl, .csv (fields may be quoted), .tsv (a line
-    is a row, quotes are text), .parquet. Tables begin with a header. All but .parquet may be compressed: .txt.gz,
-    .jsonl.zst, .csv.bz2, .tsv.xz."""
+class LabelledSource(SourceSettings):
+    """What all sources have in common, and the columns that tasks with labels read beside the text."""
+
+    text_pair_column: NonEmptyStr | None = None
+    """Column that holds a second text, for tasks on pairs; null: there is none. For tasks with labels only."""
+    label_column: NonEmptyStr | None = None
+    """Column that holds the label, or the list of labels; null: `label`. For tasks with labels only."""
+
+
+class FilesSource(LabelledSource):
+    """Local files: .txt (paragraphs separated by blank lines; for tasks with labels: lines), .jsonl, .csv (fields may
+    be quoted), .tsv (a line is a row, quotes are text), .parquet; for tasks with labels also .conll, .bio, .iob, .iob2
+    (a line for each word, blank lines between sentences) and .conllu. Tables begin with a header. All but .parquet may
+    be compressed: .txt.gz, .jsonl.zst, .csv.bz2, .tsv.xz."""
 
     source: Literal["files"]
     """Kind of source."""
     paths: Annotated[list[NonEmptyStr], Field(min_length=1)]
     """Files, folders or globs, relative to the current folder."""
+    format: Literal["txt", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"] | None = None
+    """Format of the files; null: what their suffixes tell."""
     text_column: NonEmptyStr = "text"
     """Key or column that holds the text (not used for .txt)."""
+    column_names: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
+    """Names of all columns in their order, for tables without a header: .csv, .tsv, .txt, .conll. null: the header
+    names them; of .conll the first is `text_column` and the last `label_column`; of .conllu: id, form, lemma, upos,
+    xpos, feats, head, deprel, deps, misc."""
+    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
+    """Character between the fields of .csv, .tsv and .txt; null: a comma, a tab, and none: a .txt with a delimiter or
+    with `column_names` is a table, read as .tsv."""
     encoding: Annotated[NonEmptyStr, AfterValidator(_text_encoding)] = "utf-8"
     """Encoding of the files, by Python's name (not used for .parquet)."""
     encoding_errors: Literal["replace", "strict"] = "replace"
@@ -186,9 +212,26 @@ class FilesSource(SourceSettings):
     and reported; more than 10 documents that are more than 1 %, or all, are refused. strict: the first is refused."""
 
 
-class DatasetsSource(SourceSettings):
+class ParallelSource(LabelledSource):
+    """Local files of which line i of each together are row i, for tasks with labels. They may be compressed."""
+
+    source: Literal["parallel"]
+    """Kind of source."""
+    columns: Annotated[dict[NonEmptyStr, NonEmptyStr], Field(min_length=1)]
+    """Names of the columns, each with its file, relative to the current folder: {text: seq.in, label: seq.out}. All
+    files have the same number of lines."""
+    text_column: NonEmptyStr = "text"
+    """Column that holds the text."""
+    encoding: Annotated[NonEmptyStr, AfterValidator(_text_encoding)] = "utf-8"
+    """Encoding of the files, by Python's name."""
+    encoding_errors: Literal["replace", "strict"] = "replace"
+    """What to do about bytes that are not in the encoding, as for files."""
+
+
+class DatasetsSource(LabelledSource):
     """A data set that the library `datasets` loads: from the Hugging Face Hub, a local folder, or files and URLs. Its
-    text is copied into the cache first, up to a limit; the other columns are left out. Nothing in it is executed."""
+    text is copied into the cache first, up to a limit, with its labels where the task has them; other columns are left
+    out. Class labels come as their names. Nothing in it is executed."""
 
     source: Literal["datasets"]
     """Kind of source."""
@@ -207,12 +250,12 @@ class DatasetsSource(SourceSettings):
     streaming: bool = True
     """Read without downloading the whole split first."""
     max_gib: PositiveFloat = 50.0
-    """Copy at most that much text into the cache, in GiB of UTF-8. Reaching it, or `max_documents`, is reported."""
+    """Copy at most that much into the cache, in GiB of UTF-8. Reaching it, or `max_documents`, is reported."""
 
 
-class PythonDocsSource(SourceSettings):
+class PythonDocsSource(LabelledSource):
     """Documentation strings of the Python standard library and the installed packages: real English text on every
-    machine. The files are parsed, nothing is imported."""
+    machine. The files are parsed, nothing is imported. Its columns are `text` and `package`, the top-level name."""
 
     source: Literal["python-docs"]
     """Kind of source."""
@@ -220,7 +263,7 @@ class PythonDocsSource(SourceSettings):
     """Top-level package names; null: the standard library and everything installed."""
 
 
-Source = Annotated[FilesSource | DatasetsSource | PythonDocsSource, Field(discriminator="source")]
+Source = Annotated[FilesSource | ParallelSource | DatasetsSource | PythonDocsSource, Field(discriminator="source")]
 
 
 class DataConfig(Section):

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from distlm.data.encode import slices
+from distlm.data.lines import status
 from distlm.data.order import uniform
 from distlm.data.parallel import Chunk, Entry
-from distlm.data.readers import MAX_PIECE_CHARACTERS, Piece, status
+from distlm.data.readers import MAX_PIECE_CHARACTERS, Piece
 from distlm.data.sources import (
     LocalSource,
     Source,
@@ -140,11 +141,18 @@ def _settings(source: Source) -> dict[str, Any]:
     """What decides which text the source gives: all but its weight. Of URLs without what may be secret."""
     names: dict[str, Sequence[str]] = {
         "files": ("paths", "text_column", "encoding", "encoding_errors"),
+        "parallel": ("columns", "text_column", "encoding", "encoding_errors"),
         "datasets": ("path", "name", "split", "revision", "data_files", "text_column", "max_gib"),
         "python-docs": ("packages",),
     }
     chosen = ("source", *names[source.source], "max_documents")
-    return {name: _told(getattr(source, name)) for name in chosen}
+    told = {name: _told(getattr(source, name)) for name in chosen}
+    # Only where they are given, so that the others keep their names in the cache.
+    given = {name: value for name in _TABLE_SETTINGS if (value := getattr(source, name, None)) is not None}
+    return told | given
+
+
+_TABLE_SETTINGS = ("format", "column_names", "delimiter")
 
 
 def _told(value: Any) -> Any:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from distlm.data.cache import fingerprint, make_folder
 from distlm.data.corpus import CorpusSource
+from distlm.data.lines import is_storage_failure
 from distlm.data.notes import PreparationProgress, Report
-from distlm.data.readers import describe_missing_column, describe_no_text, is_storage_failure
-from distlm.data.sources import BUILDERS, DatasetsSource, check_source, source_name
+from distlm.data.sources import BUILDERS, DatasetsSource, check_dataset, source_name
+from distlm.data.tables import FormatName, describe_missing_column, describe_no_text
 from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.redact import drop_queries
 from distlm.run_folder import read_json, write_json
@@ -40,6 +41,11 @@ class _ParquetFiles:
     text_column: str = "text"
     encoding: str = "utf-8"
     encoding_errors: Literal["strict", "replace"] = "replace"
+    format: FormatName | None = None
+    column_names: list[str] | None = None
+    delimiter: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     max_documents: int | None = None
 
 
@@ -49,7 +55,7 @@ def copy_dataset(key: str, source: DatasetsSource, cache: Path, report: Report, 
     `revision` is the commit that a run has begun with, which it keeps; None: what the config says. Raises InputError
     with the config's key for what does not exist or holds no text, InfrastructureError where the network fails.
     """
-    if problems := check_source(source):
+    if problems := check_dataset(source):
         raise InputError(*(replace(problem, key=f"{key}.{problem.key}") for problem in problems))
     commit = revision or _commit(source)
     settings = fingerprint(_FORMAT_VERSION, _what_is_read(source))

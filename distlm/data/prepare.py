@@ -141,7 +141,7 @@ def prepare_data(
             key = f"data.{split}.{number}"
             if source.source == "datasets":
                 yield copy_dataset(key, source, cache, report, (commits or {}).get(key))
-            else:
+            elif source.source != "parallel":  # which has no documents: refused by resolve.contradictions
                 yield CorpusSource(key, source, source)
 
     corpus = Corpus(

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from distlm.data.readers import nearest, unreadable
+from distlm.data.lines import nearest, unreadable
 from distlm.errors import Problem
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}  # their docstrings say little, and fixtures are full of broken files
@@ -61,8 +61,15 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "ignore"), digest_size=16).digest()
 
 
-def module_docs(paths: Iterable[Path]) -> Iterator[str]:
-    """One document for each module that has docstrings: those of the module, its classes and its functions, of ten
+def package_of(module: Path) -> str:
+    """The top-level package (or module) that a file of `find_modules` belongs to, as `import` takes it."""
+    # One root may lie below another one, as site-packages does.
+    root = max((root for root in _import_roots() if module.is_relative_to(root)), key=len)
+    return module.relative_to(root).parts[0].removesuffix(".py")
+
+
+def module_docs(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """(file, document) for each module that has docstrings: those of the module, its classes and its functions, of ten
     words or more, joined by blank lines. A docstring that came before is left out."""
     seen: set[bytes] = set()
     for path in paths:
@@ -73,7 +80,7 @@ def module_docs(paths: Iterable[Path]) -> Iterator[str]:
                 seen.add(digest)
                 new.append(docstring)
         if new:
-            yield "\n\n".join(new)
+            yield path, "\n\n".join(new)
 
 
 def _docstrings(path: Path) -> Iterator[str]:

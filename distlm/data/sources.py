@@ -9,30 +9,37 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from distlm.data.lines import is_storage_failure, nearest, place, status, unreadable
 from distlm.data.python_docs import find_modules, missing_packages, module_docs
-from distlm.data.readers import (
+from distlm.data.readers import FileReader, Piece
+from distlm.data.tables import (
     SUFFIXES,
-    FileReader,
-    Piece,
+    TABLE_SUFFIXES,
+    FormatName,
+    TableSettings,
     describe_unsupported,
-    is_storage_failure,
-    is_supported,
-    nearest,
+    format_of,
     needs_pyarrow,
-    place,
-    status,
-    unreadable,
 )
 from distlm.errors import InputError, Problem
 from distlm.redact import drop_queries
 
 
-class FilesSource(Protocol):
-    """Text files: `paths` are files, folders (everything of a supported suffix below them) or globs."""
+class LabelledSource(Protocol):
+    """The columns of a source that tasks with labels read, beside its text; None: no second text, and `label`."""
+
+    @property
+    def text_pair_column(self) -> str | None: ...
+    @property
+    def label_column(self) -> str | None: ...
+
+
+class FilesSource(LabelledSource, Protocol):
+    """Files: `paths` are files, folders (everything of a supported suffix below them) or globs."""
 
     @property
     def source(self) -> Literal["files"]: ...
@@ -45,10 +52,33 @@ class FilesSource(Protocol):
     @property
     def encoding_errors(self) -> Literal["strict", "replace"]: ...
     @property
+    def format(self) -> FormatName | None: ...
+    @property
+    def column_names(self) -> list[str] | None: ...
+    @property
+    def delimiter(self) -> str | None: ...
+    @property
     def max_documents(self) -> int | None: ...
 
 
-class DatasetsSource(Protocol):
+class ParallelSource(LabelledSource, Protocol):
+    """Files of which line i of each together are row i; `columns` maps the names of the columns to the files."""
+
+    @property
+    def source(self) -> Literal["parallel"]: ...
+    @property
+    def columns(self) -> dict[str, str]: ...
+    @property
+    def text_column(self) -> str: ...
+    @property
+    def encoding(self) -> str: ...
+    @property
+    def encoding_errors(self) -> Literal["strict", "replace"]: ...
+    @property
+    def max_documents(self) -> int | None: ...
+
+
+class DatasetsSource(LabelledSource, Protocol):
     """What `datasets.load_dataset` loads; the names are those of its arguments. Read by `distlm.data.hub`."""
 
     @property
@@ -73,7 +103,7 @@ class DatasetsSource(Protocol):
     def max_gib(self) -> float: ...
 
 
-class PythonDocsSource(Protocol):
+class PythonDocsSource(LabelledSource, Protocol):
     """Docstrings of installed packages; `packages` are top-level import names, None stands for all."""
 
     @property
@@ -85,13 +115,18 @@ class PythonDocsSource(Protocol):
 
 
 LocalSource = FilesSource | PythonDocsSource
-Source = FilesSource | DatasetsSource | PythonDocsSource
+"""Of documents, on this machine."""
+LocalTable = FilesSource | ParallelSource | PythonDocsSource
+"""Of rows, on this machine."""
+Source = FilesSource | ParallelSource | DatasetsSource | PythonDocsSource
 
 
 def source_name(source: Source) -> str:
     """What people call it."""
     if source.source == "files":
         return ", ".join(source.paths)
+    if source.source == "parallel":
+        return ", ".join(source.columns.values())
     if source.source == "datasets":
         return drop_queries("/".join(part for part in (source.path, source.name, source.split) if part))
     return "python-docs" if source.packages is None else f"python-docs of {', '.join(source.packages)}"
@@ -134,7 +169,7 @@ class SourceReader:
 
     def _pieces(self) -> Iterator[Piece]:
         if self._source.source == "python-docs":
-            yield from map(Piece, module_docs(self._files))
+            yield from (Piece(text) for _, text in module_docs(self._files))
             return
         for file in self._files:
             self._current = _file_reader(self._source, file)
@@ -144,46 +179,63 @@ class SourceReader:
 
 
 def _file_reader(source: FilesSource, file: Path) -> FileReader:
-    return FileReader(file, source.text_column, source.encoding, source.encoding_errors)
+    table = TableSettings(
+        text_column=source.text_column,
+        column_names=source.column_names,
+        delimiter=source.delimiter,
+        only_text=True,
+    )
+    return FileReader(file, table, source.encoding, source.encoding_errors, source.format)
 
 
-def files_of(source: LocalSource) -> list[Path]:
-    """The files that hold the documents, in their order. Raises InputError where a name matches nothing."""
-    if source.source == "files":
-        files, problems = _find_text_files(source.paths)
-    elif not (problems := missing_packages(source.packages)):
-        return find_modules(source.packages)
+def files_of(source: LocalTable, rows: bool = False) -> list[Path]:
+    """The files that hold the documents, or the rows, in their order; of a parallel source one for each column. Raises
+    InputError where a name matches nothing."""
+    if source.source == "python-docs":
+        if not (problems := missing_packages(source.packages)):
+            return find_modules(source.packages)
+    elif source.source == "parallel":
+        files, problems = _find_parallel_files(source)
+    else:
+        files, problems = _find_files(source.paths, source.format, rows)
     if problems:
         raise InputError(*problems)
     return files
 
 
 def check_source(source: Source) -> list[Problem]:
-    """What is wrong with a source as far as local files and the first record of each can tell; the key of a problem, if
-    any, is one of the source's. Raises InfrastructureError where the storage fails."""
+    """What is wrong with a source of documents as far as local files and the first record of each can tell; the key of
+    a problem, if any, is one of the source's. Raises InfrastructureError where the storage fails."""
     if source.source == "datasets":
-        return _check_dataset(source)
+        return check_dataset(source)
+    if source.source == "parallel":
+        return _find_parallel_files(source)[1]
     if source.source == "python-docs":
         return missing_packages(source.packages)
-    files, problems = _find_text_files(source.paths)
+    return check_files(source, lambda file: iter(_file_reader(source, file)))
+
+
+def check_files(source: FilesSource, read: Callable[[Path], Iterator[Piece]], rows: bool = False) -> list[Problem]:
+    """What is wrong with the names, and with the first record of each file; with more where that one is damaged."""
+    files, problems = _find_files(source.paths, source.format, rows)
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None  # a client may lack it; whoever reads the data has it
-    read = UndecodableCount()
+    count = UndecodableCount()
     all_is_read = True
     for file in files:
         if needs_pyarrow(file) and not has_pyarrow:
             all_is_read = False
             continue
         try:
-            for piece in _file_reader(source, file):
-                read.add(piece)
+            for piece in read(file):
+                count.add(piece)
                 # As long as nothing but damage comes, all the text may be in another encoding.
-                if not piece.undecodable_at or read.num_documents > _MAX_CHECKED_DOCUMENTS:
+                if not piece.undecodable_at or count.num_documents > _MAX_CHECKED_DOCUMENTS:
                     all_is_read = False
                     break
         except InputError as error:
             problems.extend(error.problems)
     # A share of what has not been read is not known.
-    return problems + (read.problems(source.encoding) if all_is_read else [])
+    return problems + (count.problems(source.encoding) if all_is_read else [])
 
 
 _MAX_CHECKED_DOCUMENTS = 1000
@@ -229,7 +281,7 @@ BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 """What `datasets` calls the formats that `data_files` may be in."""
 
 
-def _check_dataset(source: DatasetsSource) -> list[Problem]:
+def check_dataset(source: DatasetsSource) -> list[Problem]:
     """What is on this machine; a name on the Hub is looked up by whoever reads the data."""
     if source.path in BUILDERS and not source.data_files:
         message = f"is a builder and needs data_files: [FILES]; for a folder of that name write ./{source.path}"
@@ -249,12 +301,24 @@ def _check_dataset(source: DatasetsSource) -> list[Problem]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _find_text_files(names: list[str]) -> tuple[list[Path], list[Problem]]:
+def _find_parallel_files(source: ParallelSource) -> tuple[list[Path], list[Problem]]:
+    files: list[Path] = []
+    problems: list[Problem] = []
+    for column, name in source.columns.items():
+        path = Path(name).expanduser()
+        message = "" if path.is_file() else "not a regular file" if path.exists() else _describe_missing(path)
+        if message:
+            problems.append(Problem(message, f"columns.{column}", name))
+        files.append(path)
+    return files, problems
+
+
+def _find_files(names: list[str], form: FormatName | None, rows: bool) -> tuple[list[Path], list[Problem]]:
     files: dict[str, Path] = {}  # a file that two names match, or that has two names, is read once
     problems: list[Problem] = []
     for name in names:
         try:
-            for file in _match(name):
+            for file in _match(name, form, rows):
                 files.setdefault(os.path.realpath(file), file)
         except InputError as error:
             problems.extend(error.problems)
@@ -265,13 +329,19 @@ def _find_text_files(names: list[str]) -> tuple[list[Path], list[Problem]]:
     return list(files.values()), problems
 
 
-def _match(name: str) -> list[Path]:
+def _match(name: str, form: FormatName | None, rows: bool) -> list[Path]:
+    """Of the folder, the file or the pattern; of any suffix where the format is given."""
+
+    def is_supported(file: Path) -> bool:
+        return form is not None or format_of(file, rows) is not None
+
     path = Path(name).expanduser()
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
         supported = sorted(file for file in files if is_supported(file))
         if not supported:
-            raise InputError(Problem(f"the folder holds no file with a supported suffix ({SUFFIXES})", value=name))
+            suffixes = "file" if form else f"file with a supported suffix ({TABLE_SUFFIXES if rows else SUFFIXES})"
+            raise InputError(Problem(f"the folder holds no {suffixes}", value=name))
         return supported
     if path.exists():
         matches = [path]
@@ -282,7 +352,7 @@ def _match(name: str) -> list[Path]:
     else:
         raise InputError(Problem(_describe_missing(path), value=name))
     if unsupported := [file for file in matches if not is_supported(file)]:
-        raise InputError(*(Problem(describe_unsupported(file), value=place(file)) for file in unsupported))
+        raise InputError(*(Problem(describe_unsupported(file, rows), value=place(file)) for file in unsupported))
     if special := [file for file in matches if file.exists() and not file.is_file()]:
         raise InputError(*(Problem("not a regular file", value=place(f)) for f in special))
     return matches

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from distlm.data.pack import PackedDataset
 from distlm.data.prepare import PreparedData
+from distlm.data.tables import FormatName
 from distlm.data.train_tokenizer import TokenizerType
 
 REAL_DATA = Path(os.environ.get("DISTLM_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -25,6 +26,11 @@ class Files:
     text_column: str = "text"
     encoding: str = "utf-8"
     encoding_errors: Literal["strict", "replace"] = "replace"
+    format: FormatName | None = None
+    column_names: list[str] | None = None
+    delimiter: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     max_documents: int | None = None
     source: Literal["files"] = "files"
 
@@ -33,6 +39,8 @@ class Files:
 class PythonDocs:
     packages: list[str] | None
     max_documents: int | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     source: Literal["python-docs"] = "python-docs"
 
 
@@ -47,6 +55,8 @@ class HubDataset:
     streaming: bool = True
     max_documents: int | None = None
     max_gib: float = 1.0
+    text_pair_column: str | None = None
+    label_column: str | None = None
     source: Literal["datasets"] = "datasets"
 
 

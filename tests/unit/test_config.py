@@ -69,7 +69,12 @@ def test_shipped_configs_are_valid() -> None:
         ("learning_rate: 3\n", 1, "learning_rate", "did you mean training.learning_rate?"),
         ("task: {mlm_probabilty: 0.2}\n", 1, "task.mlm_probabilty", "did you mean task.mlm_probability?"),
         ("data:\n  train:\n  - source: files\n    path: [a]\n", 4, "data.train.0.path", "data.train.0.paths"),
-        ("data:\n  train:\n  - source: file\n", 3, "data.train.0.source", "'files', 'datasets', 'python-docs'"),
+        (
+            "data:\n  train:\n  - source: file\n",
+            3,
+            "data.train.0.source",
+            "'files', 'parallel', 'datasets', 'python-docs'",
+        ),
         ("training: {mixed_precision: bf32}\n", 1, "training.mixed_precision", "'no', 'bf16' or 'fp16'"),
         ("training:\n  max_steps: many\n", 2, "training.max_steps", "must be a valid integer"),
         ("training:\n  max_steps: 1.5\n", 2, "training.max_steps", "must be a valid integer"),

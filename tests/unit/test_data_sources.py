@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distlm.data import readers
+from distlm.data import lines, readers
 from distlm.data.readers import Piece
 from distlm.data.sources import SourceReader, UndecodableCount, check_source, files_of
+from distlm.data.tables import FormatName
 from distlm.errors import InfrastructureError, InputError
 
 
@@ -31,6 +32,11 @@ class Files:
     text_column: str = "text"
     encoding: str = "utf-8"
     encoding_errors: Literal["strict", "replace"] = "replace"
+    format: FormatName | None = None
+    column_names: list[str] | None = None
+    delimiter: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     max_documents: int | None = None
     source: Literal["files"] = "files"
 
@@ -39,6 +45,8 @@ class Files:
 class PythonDocs:
     packages: list[str] | None = field(default=None)
     max_documents: int | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     source: Literal["python-docs"] = "python-docs"
 
 
@@ -222,15 +230,15 @@ def test_unreadable_file_is_an_input_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_storage_that_fails_is_no_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     source = write(tmp_path / "a.txt", "a\n\nb\n\nc\n")
-    next_line = readers._Lines.__next__
+    next_line = lines.Lines.__next__
 
-    def fail(lines: readers._Lines) -> str:
-        if lines.number == 3:
+    def fail(reader: lines.Lines) -> str:
+        if reader.number == 3:
             raise OSError(code, os.strerror(code))
-        return next_line(lines)
+        return next_line(reader)
 
     with monkeypatch.context() as patch:
-        patch.setattr(readers._Lines, "__next__", fail)
+        patch.setattr(lines.Lines, "__next__", fail)
         with pytest.raises(InfrastructureError, match=r"a\.txt: cannot be read: "):
             documents(source)
 
@@ -458,6 +466,8 @@ class HubDataset:
     streaming: bool = True
     max_documents: int | None = None
     max_gib: float = 1.0
+    text_pair_column: str | None = None
+    label_column: str | None = None
     source: Literal["datasets"] = "datasets"
 
 
