@@ -255,7 +255,9 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
                 message = "there is nothing to evaluate on: give data.validation or data.validation_fraction"
                 yield Problem(message, f"training.{key}")
     if training.early_stopping_patience and training.eval_steps is None:
-        yield Problem("needs training.eval_steps, the steps between two evaluations", "training.early_stopping_patience")
+        yield Problem(
+            "needs training.eval_steps, the steps between two evaluations", "training.early_stopping_patience"
+        )
     if training.early_stopping_threshold and not training.early_stopping_patience:
         yield Problem("has no meaning without training.early_stopping_patience", "training.early_stopping_threshold")
     if config.profile.steps is not None and not profiled_steps(config):
@@ -299,7 +301,9 @@ def _task(config: RunConfig) -> Iterator[Problem]:
     if isinstance(task.class_weights, dict) and task.labels is not None:
         for name in task.class_weights:
             if name not in task.labels:
-                yield Problem(f"no label of task.labels; {nearest_name(name, task.labels)}", f"task.class_weights.{name}")
+                yield Problem(
+                    f"no label of task.labels; {nearest_name(name, task.labels)}", f"task.class_weights.{name}"
+                )
     if task.type == "text-classification":
         if task.label_separator is not None and task.problem_type != "multi_label_classification":
             yield Problem("is for problem_type multi_label_classification only", "task.label_separator")

@@ -360,9 +360,7 @@ class TrainingConfig(Section):
     train all steps."""
     early_stopping_threshold: NonNegativeFloat = 0.0
     """By how much the metric must be better to count as better."""
-    load_best_model_at_end: bool = Field(
-        default_factory=lambda data: data.get("early_stopping_patience") is not None
-    )
+    load_best_model_at_end: bool = Field(default_factory=lambda data: data.get("early_stopping_patience") is not None)
     """Make the final model of the best checkpoint, and save one whenever an evaluation was the best so far; false: of
     the last checkpoint. By default true where `early_stopping_patience` is given."""
     async_save: bool = True

@@ -64,7 +64,7 @@ class CorpusSource:
         told beside the settings."""
         self.key = key
         self.name = source_name(source)
-        self.settings = _settings(source) | facts
+        self.settings = settings_of(source) | facts
         self._local = local
         self._files = files_of(local)
         self.size = {
@@ -72,13 +72,13 @@ class CorpusSource:
             "num_file_bytes": sum(status(file).st_size for file in self._files),
         }
         self._is_fixed = identity is not None
-        self.identity = identity or [self.settings, _states(self._files)]
+        self.identity = identity or [self.settings, file_states(self._files)]
         self._docstrings: list[Piece] | None = None
         self.rewind()
 
     def check_unchanged(self) -> None:
         """Raises InputError if a file changed since this object was made: its text would go under a wrong name."""
-        if not self._is_fixed and self.identity[1] != _states(files_of(self._local)):
+        if not self._is_fixed and self.identity[1] != file_states(files_of(self._local)):
             raise InputError("a file of the data changed while it was read; try again when nothing writes to it")
 
     def rewind(self) -> None:
@@ -132,12 +132,12 @@ class CorpusSource:
             raise InputError(*(replace(problem, key=f"{self.key}.encoding") for problem in problems))
 
 
-def _states(files: Iterable[Path]) -> list[list[Any]]:
+def file_states(files: Iterable[Path]) -> list[list[Any]]:
     """Path, size and time of change of each."""
     return [[str(file.absolute()), (found := status(file)).st_size, found.st_mtime_ns] for file in files]
 
 
-def _settings(source: Source) -> dict[str, Any]:
+def settings_of(source: Source) -> dict[str, Any]:
     """What decides which text the source gives: all but its weight. Of URLs without what may be secret."""
     names: dict[str, Sequence[str]] = {
         "files": ("paths", "text_column", "encoding", "encoding_errors"),
@@ -201,7 +201,7 @@ class Corpus:
         """(number of the source, chunk): every document of every source once, in order. A chunk is of one source."""
         for source in self.sources:
             source.rewind()
-        held_out = _are_held_out(self._fraction)
+        held_out = are_held_out(self._fraction)
         numbers = count()
         for number, source in enumerate(self.sources):
             own_target = train_target(number) if number < len(self.train) else VALIDATION
@@ -229,7 +229,7 @@ def train_target(source_number: int) -> str:
     return f"train-{source_number:05d}"
 
 
-def _are_held_out(fraction: float) -> Iterator[bool]:
+def are_held_out(fraction: float) -> Iterator[bool]:
     """For document 0, 1, 2, ... whether it is held out for validation."""
     step = 4096
     for start in count(0, step):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +21,15 @@ from transformers import PreTrainedTokenizerFast
 from distlm.config.schema import DataConfig, TextClassificationTask, TokenClassificationTask
 from distlm.data.blocks import blocks_path
 from distlm.data.cache import fingerprint, make_folder
-from distlm.data.corpus import VALIDATION, Corpus, are_held_out, train_target
+from distlm.data.corpus import VALIDATION, are_held_out, train_target
 from distlm.data.labels import LabelInfo
 from distlm.data.notes import PreparationProgress, Report
 from distlm.data.parallel import Totals
-from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, open_corpus, prepare_tokenizer
+from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer
 from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
+from distlm.data.row_source import RowSource
 from distlm.data.samples import SampleWriter, sample_schema
+from distlm.data.sources import Source
 from distlm.data.tagged import TaggedRows
 from distlm.data.texts import TextRows
 from distlm.data.tokenize import tokenizer_digest
@@ -54,18 +56,18 @@ def prepare_labelled(
     Raises InputError where a source, the tokenizer, a row or a label is bad.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    corpus = open_corpus(data, cache, report, commits)
-    tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache)
+    sources = _Sources(data, cache, report, commits or {})
+    tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache, needs_mask=False)
     digest = tokenizer_digest(tokenizer)
     told = task.model_dump(exclude={"class_weights", "label_smoothing_factor"})  # these are no matter of the samples
-    folder_name = fingerprint("labelled", FORMAT_VERSION, corpus.identity, data.max_seq_length, digest, told)
+    folder_name = fingerprint("labelled", FORMAT_VERSION, sources.identity, data.max_seq_length, digest, told)
 
     def write(folder: Path) -> None:
         if (folder / INFO).exists():  # whoever made this was killed just before it was renamed
             return
         encoder = make_encoder(task, tokenizer, data.max_seq_length)
-        info = _Preparation(corpus, encoder, folder, report).info(folder_name, digest, len(tokenizer), data)
-        for source in corpus.sources:
+        info = _Preparation(sources, encoder, folder, report).info(folder_name, digest, len(tokenizer), data)
+        for source in sources.all:
             source.check_unchanged()
         _check_amount(info, data)
         write_json(folder / INFO, asdict(info))
@@ -86,6 +88,39 @@ def make_encoder(task: LabelledTask, tokenizer: PreTrainedTokenizerFast, max_seq
     if task.type == "token-classification":
         return TaggedRows(task, tokenizer, max_seq_length)
     return TextRows(task, tokenizer, max_seq_length)
+
+
+class _Sources:
+    """The training and the validation sources of a run."""
+
+    def __init__(self, data: DataConfig, cache: Path, report: Report, commits: Mapping[str, str]) -> None:
+        def opened(split: str, sources: Sequence[Source]) -> list[RowSource]:
+            return [_open(f"data.{split}.{number}", source, cache, report, commits)
+                    for number, source in enumerate(sources)]  # fmt: skip
+
+        self.train, self.validation = opened("train", data.train), opened("validation", data.validation)
+        self.fraction = 0.0 if data.validation else data.validation_fraction
+
+    @property
+    def all(self) -> list[RowSource]:
+        return [*self.train, *self.validation]
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the files: one for each training source, and one for all that is held out, if anything is."""
+        names = [train_target(number) for number in range(len(self.train))]
+        return [*names, VALIDATION] if self.validation or self.fraction else names
+
+    @property
+    def identity(self) -> list[Any]:
+        train, validation = ([source.identity for source in split] for split in (self.train, self.validation))
+        return [train, validation, self.fraction]
+
+
+def _open(key: str, source: Source, cache: Path, report: Report, commits: Mapping[str, str]) -> RowSource:
+    if source.source == "datasets":
+        raise NotImplementedError
+    return RowSource(key, source, source)
 
 
 @dataclass
@@ -109,19 +144,19 @@ class _SourceFindings:
 class _Preparation:
     """One pass over the training rows for their labels, one to encode them, and one for what is held out."""
 
-    def __init__(self, corpus: Corpus, encoder: RowEncoder, folder: Path, report: Report) -> None:
-        self._corpus, self._encoder, self._report = corpus, encoder, report
+    def __init__(self, sources: _Sources, encoder: RowEncoder, folder: Path, report: Report) -> None:
+        self._all, self._encoder, self._report = sources, encoder, report
         self._training_texts: set[bytes] = set()
         """Digests, to tell which held-out texts a model has seen."""
         self._num_rows = itertools.count(1)
         self._started_s = time.monotonic()
-        self._sources = [_SourceFindings() for _ in corpus.sources]
+        self._sources = [_SourceFindings() for _ in sources.all]
         self._labels: LabelInfo = encoder.learn(lambda: (row for _, row in self._rows(is_training=True)))
         with ExitStack() as files:
             schema = sample_schema(encoder.has_token_types, encoder.label_type)
             self._splits = {
                 target: _Split(SampleWriter(files.enter_context(blocks_path(folder, target).open("wb")), schema))
-                for target in corpus.targets
+                for target in sources.targets
             }
             for is_training in (True, False):
                 for number, found in itertools.groupby(self._rows(is_training), key=lambda pair: pair[0]):
@@ -133,10 +168,10 @@ class _Preparation:
 
     def _rows(self, is_training: bool) -> Iterator[tuple[int, LabelledRow]]:
         """(number of the source, row) of all rows that are trained, or of all that are held out."""
-        held_out = are_held_out(self._corpus.fraction)
-        for number, source in enumerate(self._corpus.sources):
-            is_validation = number >= len(self._corpus.train)
-            for row in source.labelled_rows():
+        held_out = are_held_out(self._all.fraction)
+        for number, source in enumerate(self._all.all):
+            is_validation = number >= len(self._all.train)
+            for row in source.rows():
                 if (is_validation or next(held_out)) != is_training:
                     yield number, row
 
@@ -173,17 +208,19 @@ class _Preparation:
                 self._report(PreparationProgress("encoding rows", num_documents=count))
 
     def info(self, folder_name: str, digest: str, vocab_size: int, data: DataConfig) -> DataInfo:
-        corpus = self._corpus
+        all_sources = self._all
 
         def told(number: int) -> dict[str, Any]:
-            source, found = corpus.sources[number], self._sources[number]
+            source, found = all_sources.all[number], self._sources[number]
             facts = {"name": source.name} | source.settings | source.size | asdict(found.totals)
-            facts |= asdict(source.counts) | asdict(found.counts)
-            facts |= {
+            facts |= asdict(found.counts) | {
+                "num_huge_documents": 0,
+                "num_undecodable_documents": source.undecodable.num_undecodable,
+                "first_undecodable": source.undecodable.first,
                 "num_train_blocks": found.trained.num_blocks,
                 "num_documents_in_training": found.num_documents_in_training,
             }
-            if number < len(corpus.train):
+            if number < len(all_sources.train):
                 facts["content_sha256"] = self._splits[train_target(number)].digest.hexdigest()
             return facts
 
@@ -192,16 +229,16 @@ class _Preparation:
             content = "".join(self._splits[target].digest.hexdigest() for target in targets)
             return SplitInfo(**asdict(totals), content_sha256=hashlib.sha256(content.encode()).hexdigest())
 
-        sources = [told(number) for number in range(len(corpus.sources))]
+        sources = [told(number) for number in range(len(all_sources.all))]
         return DataInfo(
             format_version=FORMAT_VERSION,
             fingerprint=folder_name,
-            train=split([target for target in corpus.targets if target != VALIDATION]),
-            validation=split([VALIDATION]) if VALIDATION in corpus.targets else None,
+            train=split([target for target in all_sources.targets if target != VALIDATION]),
+            validation=split([VALIDATION]) if VALIDATION in all_sources.targets else None,
             tokenizer_fingerprint=digest,
             vocab_size=vocab_size,
             max_seq_length=data.max_seq_length,
-            sources={"train": sources[: len(corpus.train)], "validation": sources[len(corpus.train) :]},
+            sources={"train": sources[: len(all_sources.train)], "validation": sources[len(all_sources.train) :]},
             seconds=round(time.monotonic() - self._started_s, 3),
             labels=asdict(self._labels),
         )

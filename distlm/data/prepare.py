@@ -37,7 +37,7 @@ from distlm.run_folder import read_json, write_json
 
 FORMAT_VERSION = 2
 """Of the blocks and of info.json; another one means other samples."""
-_INFO = "info.json"
+INFO = "info.json"
 _DOCUMENTS_BETWEEN_REPORTS = 1000
 
 
@@ -99,6 +99,8 @@ class DataInfo:
     `content_sha256` of a training source are without those."""
     seconds: float
     """Time that reading, tokenizing and packing took."""
+    labels: dict[str, Any] | None = None
+    """`distlm.data.labels.LabelInfo`; None: the samples have no labels."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> DataInfo:
@@ -154,7 +156,7 @@ def prepare_data(
     folder_name = fingerprint(FORMAT_VERSION, corpus.identity, data.max_seq_length, digest)
 
     def write(folder: Path) -> None:
-        if not (folder / _INFO).exists():  # else whoever made this was killed just before it was renamed
+        if not (folder / INFO).exists():  # else whoever made this was killed just before it was renamed
             pack(folder)
         remove_journal(folder)
 
@@ -168,11 +170,11 @@ def prepare_data(
             files.finish()
             info = _info(corpus, files, len(tokenizer), data.max_seq_length, folder_name, digest)
             _check_amount(info, data)
-        write_json(folder / _INFO, asdict(info))
+        write_json(folder / INFO, asdict(info))
 
     folder = cache / f"data-{folder_name}"
     was_written = make_folder(folder, write)
-    info = DataInfo.from_json(read_json(folder / _INFO))
+    info = DataInfo.from_json(read_json(folder / INFO))
     return PreparedData(
         tokenizer_path=tokenizer_path,
         train_paths=[blocks_path(folder, train_target(number)) for number in range(len(data.train))],
@@ -182,6 +184,14 @@ def prepare_data(
     )
 
 
+def existing_tokenizer(name_or_path: str, cache: Path, needs_mask: bool = True) -> tuple[PreTrainedTokenizerFast, Path]:
+    """A tokenizer of a folder or the Hub, and the folder of the cache that holds it."""
+    tokenizer = load_tokenizer(name_or_path, needs_mask)
+    folder = cache / f"tokenizer-{tokenizer_digest(tokenizer)[:20]}"
+    make_folder(folder, tokenizer.save_pretrained)
+    return tokenizer, folder
+
+
 def _prepare_tokenizer(
     corpus: Corpus, max_seq_length: int, config: TokenizerConfig, cache: Path, report: Report
 ) -> tuple[PreTrainedTokenizerFast, Path]:
@@ -189,10 +199,7 @@ def _prepare_tokenizer(
     if config.train is None:
         if config.name_or_path is None:
             raise InputError(Problem("give either name_or_path or train", "tokenizer"))
-        tokenizer = load_tokenizer(config.name_or_path)
-        folder = cache / f"tokenizer-{tokenizer_digest(tokenizer)[:20]}"
-        make_folder(folder, tokenizer.save_pretrained)
-        return tokenizer, folder
+        return existing_tokenizer(config.name_or_path, cache)
 
     settings = config.train
 

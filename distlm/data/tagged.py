@@ -89,9 +89,7 @@ class TaggedRows:
 
     def learn(self, training_rows: Callable[[], Iterator[LabelledRow]]) -> LabelInfo:
         asked = self._task.tag_scheme
-        self._scheme = (
-            tags.detect_scheme(map(_tags, training_rows())) if asked == "auto" else tags.TagScheme(asked)
-        )
+        self._scheme = tags.detect_scheme(map(_tags, training_rows())) if asked == "auto" else tags.TagScheme(asked)
         found = Counter(tag for row in training_rows() for tag in self._converted(_tags(row)))
         self._ids = LabelIds(self._task, found, str(self._scheme))
         return self._ids.info

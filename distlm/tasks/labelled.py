@@ -17,6 +17,7 @@ from distlm.data.samples import IGNORED, Samples, pad
 if TYPE_CHECKING:
     from distlm.tasks import Batch
 
+
 def make_batch(samples: Samples, labels: np.ndarray, pad_token_id: int) -> Batch:
     """Samples padded to the longest, with their labels [B, ...]."""
     lengths = np.array([len(ids) for ids in samples.input_ids])

@@ -77,8 +77,7 @@ class Head:
 
 
 def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
-    """The config of a pretrained model. Raises InputError where there is none, or of a model that the task cannot train.
-    """
+    """The config of a pretrained model. Raises InputError where there is none, or of a model that the task cannot train."""
     key = "model.name_or_path"
     try:
         model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path)

@@ -182,8 +182,7 @@ def _check_words(tokenizer: Path) -> None:
 
 
 def forward_flops(config: RunConfig, model_config: Any, length: int) -> tuple[float, bool]:
-    """FLOPs of the forward pass of a sample of that many tokens, and whether the head computes the masked positions only.
-    """
+    """FLOPs of the forward pass of a sample of that many tokens, and whether the head computes the masked positions only."""
     from distlm.worker.metrics import forward_flops_per_sample
     from distlm.worker.model import MODEL_KINDS
 

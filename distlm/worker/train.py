@@ -276,8 +276,7 @@ class Worker:
             self.finish_save(step)
 
     def evaluate(self, step: int) -> bool:
-        """Report the loss and the task's metrics on the held-out samples; whether they are the best so far. Collective.
-        """
+        """Report the loss and the task's metrics on the held-out samples; whether they are the best so far. Collective."""
         if self.validation_data is None:
             return False
         self.engine.eval()
@@ -292,7 +291,10 @@ class Worker:
         self.engine.train()
         loss_sum, num_targets = self._sum_over_workers(sums).tolist()
         loss = loss_sum / max(num_targets, _LEAST_TARGETS)
-        self._evaluated_step, self._evaluation = step, {"eval/loss": loss} | self._judge(step, judged, loss, num_targets)
+        self._evaluated_step, self._evaluation = (
+            step,
+            {"eval/loss": loss} | self._judge(step, judged, loss, num_targets),
+        )
         if self.rank == 0:
             self.context.report(step, self._evaluation)
         self._require_finite(loss, step)
