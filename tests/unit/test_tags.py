@@ -109,7 +109,7 @@ def test_any_sequence_has_the_entities_of_seqeval() -> None:
 def test_well_formed_sequences_have_the_entities_of_seqevals_strict_mode() -> None:
     random.seed(1)
     num_wellformed: Counter[TagScheme] = Counter()
-    for _ in range(20_000):
+    for _ in range(5_000):
         for scheme, strict, places in [
             (TagScheme.IOB1, IOB1, "BIIIO"),
             (TagScheme.IOB2, IOB2, "BIO"),
@@ -120,7 +120,7 @@ def test_well_formed_sequences_have_the_entities_of_seqevals_strict_mode() -> No
                 num_wellformed[scheme] += 1
                 expected = [entity.to_tuple()[1:] for entity in Entities([tags], scheme=strict).entities[0]]
                 assert [(type_, start, end + 1) for type_, start, end in entities(tags)] == expected, tags
-    assert min(num_wellformed.values()) > 1000
+    assert min(num_wellformed.values()) > 500
 
 
 @pytest.mark.parametrize(
