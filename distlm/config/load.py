@@ -468,18 +468,18 @@ def _fields_at(key: Key, loc: Key) -> dict[str, Any]:
             found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
             models = [model for annotation in found for model in models_in(annotation)]
     if len(models) > 1:
-        models = [model for model in models if _tag(model) in loc]
+        models = [model for model in models if _tag_of(model) in loc]
     return {name: info.annotation for model in models for name, info in model.model_fields.items()}
 
 
-def _tag(model: type[BaseModel]) -> str:
+def _tag_of(model: type[BaseModel]) -> str:
     """What tells a section from the others of its union."""
     fields = model.model_fields
     discriminator = fields["source"] if "source" in fields else fields["type"]
     return str(get_args(discriminator.annotation)[0])
 
 
-_TAGS = {_tag(model) for union in (Source, Task) for model in models_in(union)}
+_TAGS = {_tag_of(model) for union in (Source, Task) for model in models_in(union)}
 
 
 def all_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,8 +82,8 @@ class TextClassificationTask(Section):
     """What stands between several labels in a column of text, such as ";"; null: the column holds lists.
     multi_label_classification only."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
-    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how often
-    a label is in the training data (as in scikit-learn). null: all the same."""
+    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how
+    often a label is in the training data (as in scikit-learn). null: all the same."""
     label_smoothing_factor: Fraction = 0.0
     """Share of the target that is spread evenly over all labels. single_label_classification only."""
 
@@ -103,8 +103,8 @@ class TokenClassificationTask(Section):
     """Train all tokens of a word on its label (of B-PER, the further ones on I-PER); false: the first one only. What is
     predicted for a word is always what is predicted for its first token."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
-    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how often
-    a label is in the training data (as in scikit-learn). null: all the same."""
+    """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how
+    often a label is in the training data (as in scikit-learn). null: all the same."""
     label_smoothing_factor: Fraction = 0.0
     """Share of the target that is spread evenly over all labels."""
 
@@ -137,8 +137,8 @@ class ModelConfig(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel, by transformers' name; null: sdpa where the model has it, else eager."""
     quantization: dict[str, Any] | None = None
-    """Load the frozen base of an adapter in fewer bits (QLoRA), by the keys of transformers' BitsAndBytesConfig, such as
-    {load_in_4bit: true, bnb_4bit_quant_type: nf4}; needs GPUs and the package bitsandbytes."""
+    """Load the frozen base of an adapter in fewer bits (QLoRA), by the keys of transformers' BitsAndBytesConfig, such
+    as {load_in_4bit: true, bnb_4bit_quant_type: nf4}; needs GPUs and the package bitsandbytes."""
 
 
 class TrainedTokenizer(Section):
@@ -297,8 +297,8 @@ class TrainingConfig(Section):
     """Samples per forward pass on one worker (the micro batch). The gradient accumulation steps follow:
     global_train_batch_size / (per_device_train_batch_size x workers)."""
     per_device_train_batch_tokens: PositiveInt | None = None
-    """Tokens per forward pass on one worker at most, padding included: a micro batch of long samples is divided further.
-    null: no limit."""
+    """Tokens per forward pass on one worker at most, padding included: a micro batch of long samples is divided
+    further. null: no limit."""
     group_by_length: bool = True
     """Form batches of samples of like lengths, so that little is padded. Every sample still comes once per epoch.
     Without effect on masked-lm, whose samples are all of one length."""

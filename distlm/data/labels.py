@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distlm.config.resolve import nearest_name
-from distlm.data.readers import nearest
+from distlm.data.lines import nearest
 from distlm.errors import InputError, Problem
 
 

@@ -1,4 +1,4 @@
-"""The interface between the preparation of labelled data and the kinds of rows: texts with labels, words with labels."""
+"""The interface between the preparation of labelled data and the kinds of rows: texts or words, with their labels."""
 
 from __future__ import annotations
 

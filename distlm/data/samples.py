@@ -4,7 +4,7 @@ The file is an Arrow IPC stream with one row for each sample:
 
     input_ids        list of int32, special tokens included, no padding
     token_type_ids   list of int8, as long; only where the model is given some
-    labels           list: of int32, one id (text) or one for each token; or of float32, one for each label or one number
+    labels           list: of int32, one id (text) or one for each token; of float32, one for each label or one number
     row              int64: number of the row of the data that the sample is made of, or a part of
 
 B samples, S tokens of the longest of them.

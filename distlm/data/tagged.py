@@ -47,7 +47,7 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[Sequence[str]]) -> Iterator[list[Window]]:
         """The windows of each text, at least one, also of a text without words."""
-        encodings = self._backend.encode_batch_fast(
+        encodings = self._backend.encode_batch(
             [list(words) for words in texts], is_pretokenized=True, add_special_tokens=False
         )
         for words, encoding in zip(texts, encodings, strict=True):

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
+from distlm.data.rows import check_rows, labelled_columns
 from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
 from distlm.errors import Cause, ExitCode, InputError, Problem
@@ -47,7 +48,8 @@ class LocalLauncher:
         yield from contradictions(config, visible_gpu_count())
         for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
             for index, source in enumerate(sources):
-                for problem in check_source(source):
+                is_text = config.task.type == "masked-lm"
+                for problem in check_source(source) if is_text else check_rows(source, labelled_columns(source)):
                     key = ".".join(filter(None, ("data", section, str(index), problem.key)))
                     yield Problem(_with_place(problem), key, problem.value)
         for key, name in (

@@ -5,7 +5,6 @@ A task offers what `Task` lists and is found by its `type` in the config through
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,19 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from distlm.config.schema import RunConfig
+    from distlm.tasks.scores import Evaluation
     from distlm.worker.prepare import Prepared
 
 Batch = dict[str, "torch.Tensor"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What predictions are worth."""
-
-    metrics: dict[str, float]
-    """By name, such as accuracy; all finite."""
-    tables: dict[str, str] = field(default_factory=dict)
-    """File name -> content, such as per_label.csv."""
 
 
 class Dataset(Protocol):
@@ -86,7 +76,7 @@ class Task(Protocol):
         ...
 
     def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: Any) -> Evaluation:
-        """Metrics, but for the loss itself, of all batches of all workers; `data` is the data set that was evaluated."""
+        """Metrics, but for the loss itself, of all batches of all workers; `data` is what was evaluated."""
         ...
 
 

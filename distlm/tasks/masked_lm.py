@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from distlm.config.schema import MaskedLMTask
 from distlm.data.order import uniform
 from distlm.data.pack import PackedDataset
-from distlm.tasks import Evaluation
+from distlm.tasks.scores import Evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,7 @@ class MaskedLM:
     ) -> None:
         self._config = config
         self._seed = seed
+        assert prepared.mask_token_id is not None, "the tokenizer was checked"
         self._mask_token_id = prepared.mask_token_id
         self._pad_token_id = prepared.pad_token_id
         self._special_token_ids = np.array(prepared.special_token_ids)
@@ -122,7 +123,7 @@ class MaskedLM:
 
     def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: Any) -> Evaluation:
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation({"perplexity": perplexity, "accuracy": sum(judged) / max(num_targets, 1.0)})
+        return Evaluation({"perplexity": perplexity, "accuracy": sum(judged) / max(num_targets, 1.0)}, tables={})
 
 
 def _word_starts(continues: np.ndarray, is_special: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from distlm.config.schema import TextClassificationTask
 from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
-from distlm.tasks import Evaluation, scores
+from distlm.tasks import scores
 from distlm.tasks.labelled import LabelLoss, logits_of, make_batch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TextClassification:
         kept = (~is_left_out).numpy()
         return indices[kept], predicted.cpu().numpy()[kept]
 
-    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> Evaluation:
+    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> scores.Evaluation:
         indices = np.concatenate([indices for indices, _ in judged])
         predicted = np.concatenate([predicted for _, predicted in judged])
         labels = data[indices].labels
@@ -88,9 +88,6 @@ class TextClassification:
             return scores.classification(np.concatenate(labels), predicted, self._labels, self._num_labels)
         if self._problem == "regression":
             return scores.regression(np.concatenate(labels), predicted)
-        # Labels that the training data has not stand in the held-out data only, and are never predicted.
-        shape = (len(labels), len(self._labels))
-        all_labels, all_predicted = np.zeros(shape), np.zeros(shape)
-        all_labels[:, : max(map(len, labels))] = pad(labels, 0.0, np.float32)
-        all_predicted[:, : self._num_labels] = predicted
-        return scores.multi_label(all_labels, all_predicted, names=self._labels)
+        # A sample that was written before an unknown label was met has no place for it.
+        widest = [*labels, np.zeros(len(self._labels))]
+        return scores.multi_label(pad(widest, 0, np.int64)[:-1], predicted, names=self._labels)

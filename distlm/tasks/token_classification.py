@@ -18,7 +18,7 @@ from torch import nn
 
 from distlm.config.schema import TokenClassificationTask
 from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
-from distlm.tasks import Evaluation, scores
+from distlm.tasks import scores, tags
 from distlm.tasks.labelled import LabelLoss, logits_of, make_batch
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class TokenClassification:
 
     def __init__(self, config: TokenClassificationTask, prepared: Prepared) -> None:
         self._pad_token_id = prepared.pad_token_id
-        self._labels, self._scheme = np.array(prepared.labels, dtype=object), prepared.tag_scheme
+        self._labels, self._scheme = np.array(prepared.labels, dtype=object), tags.TagScheme(prepared.tag_scheme)
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
 
     def dataset(self, paths: Sequence[Path]) -> SampleDataset:
@@ -62,7 +62,7 @@ class TokenClassification:
         ids = predicted.cpu().numpy().astype(np.int32)
         return [(int(index), ids[b][is_word[b]]) for b, index in enumerate(indices) if is_word[b].any()]
 
-    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> Evaluation:
+    def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> scores.Evaluation:
         labels: dict[int, list[str]] = {}
         predictions: dict[int, list[str]] = {}
         for index, predicted in sorted(pair for batch in judged for pair in batch):

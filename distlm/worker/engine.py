@@ -43,6 +43,7 @@ OffloadDevice = Literal["none", "cpu"]
 REDUCE_BUCKET_NUMEL = 50_000_000
 """Elements that ZeRO reduces or gathers in one go: 200 MB of fp32. DeepSpeed's default of 5e8 holds 2 GB on a GPU."""
 
+_BUCKET_MULTIPLE = 1024
 _NORM_NUMEL = 2**18  # elements of a gradient whose norm is taken in one go
 
 NO_CLIPPING_NORM = 1e30
@@ -98,7 +99,8 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """
     check_settings(settings)
     stage = settings.zero_stage
-    bucket_numel = min(REDUCE_BUCKET_NUMEL, settings.num_parameters)  # allocated in full, whatever the model's size
+    # Allocated in full, whatever the model's size. DeepSpeed wants a multiple of 2 and of the workers, so of any power.
+    bucket_numel = min(REDUCE_BUCKET_NUMEL, -(-settings.num_parameters // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket_numel,

@@ -23,6 +23,7 @@ from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import CHUNK_BYTES, ITEM_BYTES, TensorFile, write_tensor_file
+from distlm.config.attempt import read_run_yaml
 from distlm.console import exit_code_of, say
 from distlm.errors import (
     CheckpointError,
@@ -109,7 +110,7 @@ def export_checkpoint(
     _require(initial / "config.json", run.init / "tokenizer", run.init / "prepared.json")
     files = _weight_files(initial)
     others = [*_other_files(initial), *_other_files(run.init / "tokenizer")]
-    parameters = _parameter_of_tensor(initial, files, manifest)
+    parameters = _parameter_of_tensor(initial, files, manifest, task_of(run))
     reader = CheckpointReader(checkpoint, manifest)
     card = model_card(run, manifest)
     try:
@@ -149,7 +150,7 @@ def _other_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _parameter_of_tensor(initial: Path, files: Iterable[TensorFile], manifest: Manifest) -> dict[str, str]:
+def _parameter_of_tensor(initial: Path, files: Iterable[TensorFile], manifest: Manifest, task: str) -> dict[str, str]:
     """Name in the files -> name in the checkpoint, of every parameter of the checkpoint.
 
     The two differ where one weight has two names, and the file has kept the other one: tied embeddings.
@@ -176,6 +177,11 @@ def _parameter_of_tensor(initial: Path, files: Iterable[TensorFile], manifest: M
             raise CheckpointError(f"{where} has the shape {parameter.shape}, and {list(shapes[name])} in {initial}")
         found[name] = parameter.name
     return found
+
+
+def task_of(run: RunFolder) -> str:
+    """The name of the run's task."""
+    return str(read_run_yaml(run).get("task", {}).get("type", "masked-lm"))
 
 
 def _write_weights(path: Path, initial: TensorFile, parameters: dict[str, str], reader: CheckpointReader) -> None:

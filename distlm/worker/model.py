@@ -77,7 +77,7 @@ class Head:
 
 
 def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
-    """The config of a pretrained model. Raises InputError where there is none, or of a model that the task cannot train."""
+    """The config of a pretrained model. Raises InputError where there is none, or one that the task cannot train."""
     key = "model.name_or_path"
     try:
         model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path)
@@ -212,8 +212,8 @@ _PADDED_POSITIONS = {
 
 
 def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    """The model that training starts from, and the names of those of its pretrained weights that were drawn anew: of the
-    head, where the pretrained model has none, or one for other labels.
+    """The model that training starts from, and the names of those of its pretrained weights that were drawn anew: of
+    the head, where the pretrained model has none, or one for other labels.
 
     The weights that training starts from: drawn from the seed in fp32, outside DeepSpeed, or the pretrained
     ones. Every stage and world size then starts from the same numbers (`from_config` under ZeRO-3 would not).

@@ -1,5 +1,5 @@
-"""The best evaluation so far, and early stopping: whether a training still gets better (Prechelt 1998, "Early stopping -
-but when?")."""
+"""The best evaluation so far, and early stopping: whether a training still gets better (Prechelt 1998, "Early stopping
+- but when?")."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _check_words(tokenizer: Path) -> None:
 
 
 def forward_flops(config: RunConfig, model_config: Any, length: int) -> tuple[float, bool]:
-    """FLOPs of the forward pass of a sample of that many tokens, and whether the head computes the masked positions only."""
+    """FLOPs of the forward pass over that many tokens, and whether the head computes the masked positions only."""
     from distlm.worker.metrics import forward_flops_per_sample
     from distlm.worker.model import MODEL_KINDS
 
@@ -333,7 +333,7 @@ def _check_schedule(config: RunConfig, total_steps: int) -> None:
 
 
 def _make_initial_weights(config: RunConfig, model_config: Any, run: RunFolder, total_steps: int) -> list[str]:
-    """Write init/model and, where one is trained, init/adapter; names of the pretrained weights that were drawn anew."""
+    """Write init/model and, with an adapter, init/adapter; names of the pretrained weights that were drawn anew."""
     from distlm.worker.model import initial_model, save_initial_model
 
     model, drawn = initial_model(config, model_config)

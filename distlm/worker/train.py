@@ -276,7 +276,7 @@ class Worker:
             self.finish_save(step)
 
     def evaluate(self, step: int) -> bool:
-        """Report the loss and the task's metrics on the held-out samples; whether they are the best so far. Collective."""
+        """Report loss and metrics on the held-out samples; whether they are the best so far. Collective."""
         if self.validation_data is None:
             return False
         self.engine.eval()
