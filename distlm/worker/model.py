@@ -253,10 +253,17 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
 
 def save_initial_model(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights that `load_model` reads."""
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=True) as temporary:
         # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
         # there that are several in the module. `from_pretrained` reads both.
         model.save_pretrained(temporary, save_original_format=False)
+
+
+def head_names(model: PreTrainedModel, drawn: Iterable[str]) -> list[str]:
+    """Modules of the task's head: all that is not the base model, and its pooler if that was drawn anew."""
+    base = model.base_model_prefix
+    names = [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
+    return [*names, f"{base}.pooler"] if any(name.startswith(f"{base}.pooler.") for name in drawn) else names
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
     from distlm.data.prepare import DataInfo
+    from distlm.worker.adapter import TaskType
     from distlm.worker.model import Head
 
 logger = logging.getLogger(__name__)
@@ -131,10 +132,10 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     run.init.mkdir(exist_ok=True)
     num_train_samples = data.info.train.num_blocks
     total_steps = _total_steps(config, num_train_samples)
-    if not (run.init / "model").exists():
-        drawn_weights = _make_initial_weights(config, model_config, run, total_steps)
+    if before is None or not (run.init / "model").exists():  # the last one to be written is prepared.json
+        drawn_weights, num_trainable = _make_initial_weights(config, model_config, run, total_steps)
     else:
-        drawn_weights = before["drawn_weights"] if before else []
+        drawn_weights, num_trainable = before.get("drawn_weights", []), before.get("num_trainable_parameters", 0)
     if not (run.init / "tokenizer").exists():
         with whole_folder(run.init / "tokenizer") as folder:
             shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
@@ -154,7 +155,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         pad_token_id=tokenizer.pad_token_id,
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
         num_parameters=_count_parameters(run.init / "model") + _count_parameters(run.init / "adapter"),
-        num_trainable_parameters=_count_trainable_parameters(config, run),
+        num_trainable_parameters=num_trainable,
         forward_flops_per_sample=flops,
         masked_only_head=masked_only_head,
         data_info=asdict(data.info),
@@ -332,26 +333,31 @@ def _check_schedule(config: RunConfig, total_steps: int) -> None:
     learning_rate_schedule(config, total_steps)
 
 
-def _make_initial_weights(config: RunConfig, model_config: Any, run: RunFolder, total_steps: int) -> list[str]:
-    """Write init/model and, with an adapter, init/adapter; names of the pretrained weights that were drawn anew."""
-    from distlm.worker.model import initial_model, save_initial_model
+def _make_initial_weights(
+    config: RunConfig, model_config: Any, run: RunFolder, total_steps: int
+) -> tuple[list[str], int]:
+    """Write init/model and, with an adapter, init/adapter. Names of the pretrained weights that were drawn anew, and
+    the number of parameters that are trained."""
+    from distlm.worker.model import head_names, initial_model, save_initial_model
 
     model, drawn = initial_model(config, model_config)
-    if not has_adapter(config):
-        save_initial_model(model, run.init / "model")
-    else:
-        from distlm.worker.initial_adapter import save_with_adapter
+    save_initial_model(model, run.init / "model")
+    trained: Any = model
+    if has_adapter(config):
+        from distlm.worker.adapter import adapter_config, draw_adapter, head_modules, rehearse, save_initial
 
-        save_with_adapter(config, model, bool(drawn), run, total_steps)
-    return drawn
-
-
-def _count_trainable_parameters(config: RunConfig, run: RunFolder) -> int:
-    if not has_adapter(config):
-        return _count_parameters(run.init / "model")
-    from distlm.worker.adapter import count_trainable
-
-    return count_trainable(run.init / "adapter")
+        task_types: dict[str, TaskType] = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+        head = head_modules(model, head_names(model, drawn))
+        settings = adapter_config(
+            config.peft or {}, task_types.get(config.task.type), head, head_is_new=bool(drawn), total_steps=total_steps
+        )
+        adapter = draw_adapter(model, settings, config.seed, head)
+        rehearse(adapter.model, config.data.max_seq_length)
+        trained = adapter.model
+    num_trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    if has_adapter(config):
+        save_initial(adapter, run.init)  # uses the model up
+    return drawn, num_trainable
 
 
 def _count_parameters(folder: Path) -> int:
