@@ -26,8 +26,9 @@ from distlm.data.labels import LabelInfo
 from distlm.data.notes import PreparationProgress, Report
 from distlm.data.parallel import Totals
 from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer
-from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
-from distlm.data.row_source import RowSource
+from distlm.data.row_encoder import Columns, LabelledRow, RowCounts, RowEncoder
+from distlm.data.row_source import LabelledSource, open_labelled
+from distlm.data.rows import label_column, labelled_columns, text_columns
 from distlm.data.samples import SampleWriter, sample_schema
 from distlm.data.sources import Source
 from distlm.data.tagged import TaggedRows
@@ -99,10 +100,14 @@ class _Sources:
                     for number, source in enumerate(sources)]  # fmt: skip
 
         self.train, self.validation = opened("train", data.train), opened("validation", data.validation)
+        self.columns = [
+            Columns(text_columns(source)[0], source.text_pair_column, label_column(source), key_of.key)
+            for source, key_of in zip([*data.train, *data.validation], self.all, strict=True)
+        ]
         self.fraction = 0.0 if data.validation else data.validation_fraction
 
     @property
-    def all(self) -> list[RowSource]:
+    def all(self) -> list[LabelledSource]:
         return [*self.train, *self.validation]
 
     @property
@@ -115,12 +120,6 @@ class _Sources:
     def identity(self) -> list[Any]:
         train, validation = ([source.identity for source in split] for split in (self.train, self.validation))
         return [train, validation, self.fraction]
-
-
-def _open(key: str, source: Source, cache: Path, report: Report, commits: Mapping[str, str]) -> RowSource:
-    if source.source == "datasets":
-        raise NotImplementedError
-    return RowSource(key, source, source)
 
 
 @dataclass
@@ -173,7 +172,7 @@ class _Preparation:
             is_validation = number >= len(self._all.train)
             for row in source.rows():
                 if (is_validation or next(held_out)) != is_training:
-                    yield number, row
+                    yield number, LabelledRow(row, self._all.columns[number])
 
     def _add(self, number: int, rows: list[LabelledRow], is_training: bool) -> None:
         """Encode rows of a source and write their samples."""
@@ -215,8 +214,8 @@ class _Preparation:
             facts = {"name": source.name} | source.settings | source.size | asdict(found.totals)
             facts |= asdict(found.counts) | {
                 "num_huge_documents": 0,
-                "num_undecodable_documents": source.undecodable.num_undecodable,
-                "first_undecodable": source.undecodable.first,
+                "num_undecodable_documents": source.num_undecodable_rows,
+                "first_undecodable": source.first_undecodable,
                 "num_train_blocks": found.trained.num_blocks,
                 "num_documents_in_training": found.num_documents_in_training,
             }
