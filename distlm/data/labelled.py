@@ -95,9 +95,12 @@ class _Sources:
     """The training and the validation sources of a run."""
 
     def __init__(self, data: DataConfig, cache: Path, report: Report, commits: Mapping[str, str]) -> None:
-        def opened(split: str, sources: Sequence[Source]) -> list[RowSource]:
-            return [_open(f"data.{split}.{number}", source, cache, report, commits)
-                    for number, source in enumerate(sources)]  # fmt: skip
+        def opened(split: str, sources: Sequence[Source]) -> list[LabelledSource]:
+            keys = [f"data.{split}.{number}" for number in range(len(sources))]
+            return [
+                open_labelled(key, source, labelled_columns(source), cache, report, commits.get(key))
+                for key, source in zip(keys, sources, strict=True)
+            ]
 
         self.train, self.validation = opened("train", data.train), opened("validation", data.validation)
         self.columns = [
