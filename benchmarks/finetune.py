@@ -11,10 +11,12 @@ and what is the same for both is set here. distlm runs under `distlm submit`; th
 DistributedDataParallel and padding to the longest sample of a micro batch, once with its samples at random, as is its
 default, and once grouped by length. The ways are interleaved, so that a busy moment of the machine hits all of them.
 
-Time is the wall clock of rank 0 from the end of the last warm-up step to the end of the last step. Prints medians with
-the smallest and the largest, ratios of each repetition, peak memory, and the mean loss since the warm-up, which shows
-that both train the same (other dropout, other order of the samples). With --memory: the peak memory of the worker that
-has the most, of LoRA and of full fine-tuning, at ZeRO 0, 2 and 3.
+Time is the wall clock of rank 0 from the end of the last warm-up step to the end of the last step. Where samples are
+grouped by length, steps are long and short in windows of 50 (distlm) and of 50 / workers (Trainer, from long to short):
+only a multiple of 50 steps compares. Prints medians with the smallest and the largest, ratios of each repetition, peak
+memory, and the mean loss since the warm-up, which shows that both train the same (other dropout, other order of the
+samples). With --memory: the peak memory of the worker that has the most, of LoRA and of full fine-tuning, at ZeRO 0, 2
+and 3.
 """
 
 from __future__ import annotations
