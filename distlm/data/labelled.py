@@ -48,11 +48,13 @@ def prepare_labelled(
     data: DataConfig,
     task: LabelledTask,
     tokenizer_name_or_path: str,
+    labels_of_model: Sequence[str],
     cache: Path,
     report: Report = lambda progress: None,
     commits: Mapping[str, str] | None = None,
 ) -> PreparedData:
-    """Read, check and encode all rows, unless the cache has them; the arguments are those of `prepare_data`.
+    """Read, check and encode all rows, unless the cache has them. `labels_of_model` are those that a pretrained model
+    knows, by their ids; the other arguments are those of `prepare_data`.
 
     Raises InputError where a source, the tokenizer, a row or a label is bad.
     """
@@ -61,12 +63,14 @@ def prepare_labelled(
     tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache, needs_mask=False)
     digest = tokenizer_digest(tokenizer)
     told = task.model_dump(exclude={"class_weights", "label_smoothing_factor"})  # these are no matter of the samples
-    folder_name = fingerprint("labelled", FORMAT_VERSION, sources.identity, data.max_seq_length, digest, told)
+    folder_name = fingerprint(
+        "labelled", FORMAT_VERSION, sources.identity, data.max_seq_length, digest, told, list(labels_of_model)
+    )
 
     def write(folder: Path) -> None:
         if (folder / INFO).exists():  # whoever made this was killed just before it was renamed
             return
-        encoder = make_encoder(task, tokenizer, data.max_seq_length)
+        encoder = make_encoder(task, tokenizer, data.max_seq_length, labels_of_model)
         info = _Preparation(sources, encoder, folder, report).info(folder_name, digest, len(tokenizer), data)
         for source in sources.all:
             source.check_unchanged()
@@ -85,10 +89,15 @@ def prepare_labelled(
     )
 
 
-def make_encoder(task: LabelledTask, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> RowEncoder:
+def make_encoder(
+    task: LabelledTask,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_length: int,
+    labels_of_model: Sequence[str] = (),
+) -> RowEncoder:
     if task.type == "token-classification":
-        return TaggedRows(task, tokenizer, max_seq_length)
-    return TextRows(task, tokenizer, max_seq_length)
+        return TaggedRows(task, tokenizer, max_seq_length, labels_of_model)
+    return TextRows(task, tokenizer, max_seq_length, labels_of_model)
 
 
 class _Sources:

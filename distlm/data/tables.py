@@ -229,12 +229,9 @@ def _read_delimited(file: TextFile, columns: Sequence[str], table: TableSettings
     with Lines(file) as lines:
         rows = csv.reader(lines, **dialect)
         try:
-            if table.column_names is None:
-                header, what = next(rows, []), "the header has"
-                if not header:
-                    return
-            else:
-                header, what = list(table.column_names), "column_names has"
+            header = next(rows, []) if table.column_names is None else list(table.column_names)
+            if not header:
+                return
             more = _NO_HEADER if table.column_names is None else ""
             check_columns(columns, header, table.keys, file.path, lines.number or 1, more)
             num_fields = len(header)
@@ -248,14 +245,13 @@ def _read_delimited(file: TextFile, columns: Sequence[str], table: TableSettings
                 if not row:
                     continue
                 if len(row) != num_fields:
+                    message = f"the row has {len(row)} fields and the header has {num_fields}"
+                    if table.column_names is not None:
+                        message = f"the row has {len(row)} fields and column_names has {num_fields}"
                     can_quote = dialect.get("quoting") != csv.QUOTE_NONE
                     remedy = "must stand in quotes" if can_quote else "needs quotes, which the format csv has"
-                    raise bad_file(
-                        f"the row has {len(row)} fields and {what} {num_fields}; a field that holds separators "
-                        f"{remedy}",
-                        file.path,
-                        rows.line_num,
-                    )
+                    message = f"{message}; a field that holds separators {remedy}"
+                    raise bad_file(message, file.path, rows.line_num)
                 yield values_of(row), first_line, lines.undecodable_line and lines.take_undecodable()
         except csv.Error as error:
             raise bad_file(
@@ -417,6 +413,7 @@ def describe_unsupported(path: Path, rows: bool = False) -> str:
     return f"unsupported suffix; use one of {TABLE_SUFFIXES if rows else SUFFIXES}"
 
 
-def needs_pyarrow(path: Path) -> bool:
-    """Whether the file can be read only where pyarrow is installed, which a client may lack."""
-    return bool({".parquet", ".zst"}.intersection(suffixes(path)))
+def needs_pyarrow(path: Path, form: FormatName | None = None) -> bool:
+    """Whether the file can be read only where pyarrow is installed, which a client may lack. `form`: its format, where
+    the suffix does not tell."""
+    return form == "parquet" or bool({".parquet", ".zst"}.intersection(suffixes(path)))

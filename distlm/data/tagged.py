@@ -80,8 +80,14 @@ class TaggedRows:
     label_type = pa.int32()
     has_token_types = False
 
-    def __init__(self, task: TokenClassificationTask, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> None:
-        self._task = task
+    def __init__(
+        self,
+        task: TokenClassificationTask,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_length: int,
+        labels_of_model: Sequence[str],
+    ) -> None:
+        self._task, self._labels_of_model = task, labels_of_model
         self._encoder = WordEncoder(tokenizer, max_seq_length)
         self._unknown = tokenizer.unk_token_id
         self._scheme = tags.TagScheme.NONE
@@ -91,7 +97,7 @@ class TaggedRows:
         asked = self._task.tag_scheme
         self._scheme = tags.detect_scheme(map(_tags, training_rows())) if asked == "auto" else tags.TagScheme(asked)
         found = Counter(tag for row in training_rows() for tag in self._converted(_tags(row)))
-        self._ids = LabelIds(self._task, found, str(self._scheme))
+        self._ids = LabelIds(self._task, found, self._labels_of_model, str(self._scheme))
         return self._ids.info
 
     def words(self, row: LabelledRow) -> str:

@@ -31,6 +31,7 @@ from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, result_of, write_result
 from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
+from distlm.run_reference import check_references
 from distlm.stop_count import STOP_SIGNALS, StopCount
 from distlm.view import Event, View, decode_event, make_event
 
@@ -60,6 +61,7 @@ class LocalLauncher:
                 yield Problem("'~' is not expanded here; write ${HOME} for it", key)
             elif name and name.startswith((".", "/")) and not os.path.isdir(name):
                 yield Problem("there is no such folder", key)
+        yield from check_references(config)
         yield from _check_runs_dir(Path(config.runs_dir))
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         if config.resources.num_workers * _WORKER_GIB > memory_gib:

@@ -87,6 +87,17 @@ def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
     return model_config
 
 
+def labels_of(model_config: PretrainedConfig, task: str) -> list[str]:
+    """The labels that a pretrained model tells apart, by their ids; empty: it has no head for the task, or none with
+    names."""
+    suffix = {"text-classification": "ForSequenceClassification", "token-classification": "ForTokenClassification"}
+    classes = model_config.architectures or []
+    if task not in suffix or not any(name.endswith(suffix[task]) for name in classes):
+        return []
+    names = [model_config.id2label[number] for number in sorted(model_config.id2label)]
+    return [] if names[:1] == ["LABEL_0"] else names
+
+
 def build_model_config(
     config: RunConfig, vocab_size: int, special_token_ids: dict[str, int | None], head: Head | None = None
 ) -> PretrainedConfig:
@@ -236,6 +247,8 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
             )
             drawn = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
             _require_pretrained(model, drawn)
+            if config.task.type != "masked-lm" and not drawn and not _knows_labels(config, model_config):
+                drawn = _draw_head_anew(model)
         else:
             model = auto_class.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
         if attn != "flash_attention_2":  # that one runs on GPUs only
@@ -257,6 +270,26 @@ def save_initial_model(model: PreTrainedModel, folder: Path) -> None:
         # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
         # there that are several in the module. `from_pretrained` reads both.
         model.save_pretrained(temporary, save_original_format=False)
+
+
+def _knows_labels(config: RunConfig, model_config: PretrainedConfig) -> bool:
+    """Whether the pretrained head is one for the labels of the run, and not only for as many."""
+    before = pretrained_config(str(config.model.name_or_path), config.task.type)
+    if getattr(model_config, "problem_type", None) == "regression":
+        return before.num_labels == 1
+    names = [model_config.id2label[number] for number in sorted(model_config.id2label)]
+    return labels_of(before, config.task.type) == names
+
+
+def _draw_head_anew(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that were drawn."""
+    names = head_names(model, ())
+    for name in names:
+        for module in model.get_submodule(name).modules():
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
+    return sorted(name for name, _ in model.named_parameters() if name.startswith(tuple(f"{n}." for n in names)))
 
 
 def head_names(model: PreTrainedModel, drawn: Iterable[str]) -> list[str]:

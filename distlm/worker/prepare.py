@@ -19,6 +19,7 @@ from distlm.config.resolve import has_adapter
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, whole_folder, write_json
+from distlm.run_reference import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,14 +96,18 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     from distlm.data.labels import LabelInfo, label_weights
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
-    from distlm.worker.model import Head, pretrained_config
+    from distlm.worker.model import Head, labels_of, pretrained_config
+    from distlm.worker.model_source import with_local_weights
 
+    is_from_hub = bool(config.model.name_or_path) and not _is_local(config.model.name_or_path or "")
+    config = with_local_weights(config, run)
     tokenizer_config = config.tokenizer
     if not (tokenizer_config.name_or_path or tokenizer_config.train):
         tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": config.model.name_or_path})
+    labels_of_model: list[str] = []
     # Fail on the model and the tokenizer before the corpus is tokenised, which may take hours.
     if config.model.name_or_path:
-        pretrained_config(config.model.name_or_path, config.task.type)
+        labels_of_model = labels_of(pretrained_config(config.model.name_or_path, config.task.type), config.task.type)
     if tokenizer_config.name_or_path:
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     before = read_json(run.init / "prepared.json")
@@ -116,7 +121,8 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         data = prepare_data(config.data, tokenizer_config, run.cache, report, commits)
     else:
         assert tokenizer_config.name_or_path  # resolve.contradictions
-        data = prepare_labelled(config.data, config.task, tokenizer_config.name_or_path, run.cache, report, commits)
+        name = tokenizer_config.name_or_path
+        data = prepare_labelled(config.data, config.task, name, labels_of_model, run.cache, report, commits)
     tokenizer = load_tokenizer(str(data.tokenizer_path), needs_mask=config.task.type == "masked-lm")
     labels = LabelInfo(**data.info.labels) if data.info.labels else LabelInfo([], 0, [])
     head = None
@@ -161,7 +167,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         data_info=asdict(data.info),
         train_mixture=_mixture(config, data.info),
         data_was_cached=data.cached,
-        is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
+        is_from_hub=is_from_hub,
         labels=labels.names,
         num_labels=labels.num_known or int(config.task.type != "masked-lm"),
         label_weights=None if config.task.type == "masked-lm" else label_weights(config.task.class_weights, labels),
@@ -171,6 +177,10 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
     return prepared
+
+
+def _is_local(name_or_path: str) -> bool:
+    return os.path.isdir(name_or_path) or name_or_path.startswith(PREFIX)
 
 
 def _check_words(tokenizer: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from data_settings import REAL_DATA
 from pydantic import TypeAdapter
 
 from distlm.config.schema import Source
+from distlm.data import hub
 from distlm.data.row_source import LabelledSource, open_labelled
 from distlm.data.rows import check_rows, labelled_columns
 from distlm.errors import InputError
@@ -175,6 +178,25 @@ def test_class_labels_come_as_their_names(parquet: Path, cache: Path, streaming:
     before = {path: path.stat().st_mtime_ns for path in cache.glob("dataset-*/*.parquet")}
     assert opened(words, cache).identity == source.identity
     assert {path: path.stat().st_mtime_ns for path in cache.glob("dataset-*/*.parquet")} == before
+
+
+def test_a_copy_of_many_parts_goes_on_where_it_was_killed(
+    parquet: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_PART_BYTES", 1)
+    rows = hub._Copy._rows
+
+    def break_off(copy: hub._Copy, dataset: Any) -> Iterator[dict[str, Any]]:
+        yield from islice(rows(copy, dataset), 2)
+        raise KeyboardInterrupt
+
+    keys = {"source": "datasets", "path": str(parquet)}
+    with monkeypatch.context() as patch:
+        patch.setattr(hub._Copy, "_rows", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            opened(keys, cache)
+    assert values(keys, cache) == [("one", "pos"), ("two", "neg"), (None, None), ("four", None)]
+    assert len(list(cache.glob("dataset-*/part-*"))) == 4  # one of them without any text or label
 
 
 def test_builders_of_local_files(tmp_path: Path, cache: Path) -> None:

@@ -25,6 +25,7 @@ from data_settings import (
     TRAIN_TOKENIZER,
     Data,
     Files,
+    HubDataset,
     PythonDocs,
     TokenizerSettings,
     Train,

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distlm.config.schema import FilesSource, ParallelSource, PythonDocsSource, Source
@@ -334,3 +336,11 @@ def test_docstrings_tell_the_package_that_they_are_from() -> None:
 def test_keys_that_mean_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         made(source="files", paths=["a"], **keys)
+
+
+def test_the_examples_of_the_documentation_are_sources() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    section = page.partition("## Labelled data")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    sources = [made(**keys) for block in blocks for keys in yaml.safe_load(block)]
+    assert len(sources) == section.count("{source:") and len({source.source for source in sources}) == 4
