@@ -40,6 +40,7 @@ from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import one_line
 from distlm.errors import CheckpointError, TrainingError
 from distlm.worker import zero_state
+from distlm.worker.read_back import live_weights, require_equal
 from distlm.worker.zero_state import HeldFragment
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class _Job:
     fragments: list[Fragment] = field(default_factory=list)
     content: Any = ()
     """The bytes of this rank's shard, an iterable of memoryviews."""
+    live: dict[str, Tensor] | None = None
+    """On rank 0, what the checkpoint must hold; None: it is not read back."""
     error: Exception | None = None
     blocked_s: float = 0.0
 
@@ -104,11 +107,15 @@ class CheckpointSaver:
         *,
         seed: int,
         asynchronous: bool = True,
+        reads_back: bool = False,
         retention: Retention | None = None,
         on_committed: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        """`on_committed` is called on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
+        """With `reads_back` each checkpoint is compared with the model before it is committed, which takes a copy of
+        the trainable weights on rank 0. `on_committed` is called on rank 0, in the thread. Raises CheckpointError if
+        the store cannot be written."""
         self._engine, self._store, self._seed = engine, store, seed
+        self._reads_back = reads_back
         self._retention = retention or Retention()
         self._on_committed = on_committed
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -153,6 +160,8 @@ class CheckpointSaver:
         job = _Job(step, time.monotonic() if stopped_at is None else stopped_at)
         self.wait()
         try:
+            # First, since it is collective: no rank may fail before it.
+            job.live = live_weights(self._engine) if self._reads_back else None
             held = list(_fragments_to_write(self._engine))
             numbers = {parameter.name: number for number, parameter in enumerate(self._parameters)}
             job.fragments = [Fragment(numbers[part.name], part.start, part.numel) for part in held]
@@ -264,7 +273,10 @@ class CheckpointSaver:
     def _commit(self, job: _Job, shards: dict[str, Shard]) -> None:
         assert job.manifest is not None
         manifest = job.manifest(shards=shards)
-        checkpoint = self._store.commit(self._store.temporary(job.step, self._token), manifest)
+        temporary = self._store.temporary(job.step, self._token)
+        if job.live is not None:
+            require_equal(Checkpoint(job.step, temporary), manifest, job.live)
+        checkpoint = self._store.commit(temporary, manifest)
         total_s = time.monotonic() - job.started
         warning = self._prune()
         blocked_s = job.blocked_s if self._buffer is not None else time.monotonic() - job.started

@@ -199,6 +199,7 @@ class Worker:
             CheckpointStore(context.run.checkpoints),
             seed=config.seed,
             asynchronous=saves_beside_training(config.training, prepared.total_steps),
+            reads_back=has_adapter(config),
             retention=Retention(
                 config.training.save_total_limit,
                 metric=f"eval/{config.training.metric_for_best_model}",
