@@ -236,6 +236,8 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "flash_attention_2 computes in bf16 or fp16, not in fp32; set training.mixed_precision",
             "model.attn_implementation",
         )
+    if config.model.quantization is not None and on_cpu:
+        yield Problem("needs GPUs and bitsandbytes, and the workers run on CPUs; leave it out", "model.quantization")
     if resources.device == "cuda" and gpu_count == 0:
         yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
     elif not on_cpu and gpu_count and resources.num_workers > gpu_count:
@@ -346,8 +348,6 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
         if config.deepspeed.zero_stage == 3:
             message = "weights in few bits cannot be sharded; set deepspeed.zero_stage to 0, 1 or 2"
             yield Problem(message, "model.quantization")
-        if config.resources.device == "cpu":
-            yield Problem("needs GPUs, and the workers run on CPUs", "model.quantization")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:

@@ -131,6 +131,7 @@ class AttemptController:
         """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
         preflight.check_capacity(self.config, cluster)
+        preflight.check_quantization(self.config, cluster.device)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
         self._phases.append(phase_ended("preflight", 1))

@@ -525,17 +525,6 @@ def _refusal(config: PeftConfig, model: nn.Module, reason: str, max_seq_length: 
     return Problem(message, _TYPE_KEY, kind.lower())
 
 
-def require_quantization_support(device: str) -> None:
-    """Raise InputError unless a model can be loaded in 4 or 8 bits here (QLoRA: Dettmers et al. 2023)."""
-    key = "model.quantization"
-    if device != "cuda":
-        raise InputError(Problem("needs a GPU; leave it out on CPU workers", key))
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise InputError(Problem("needs the package bitsandbytes: pip install bitsandbytes", key))
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

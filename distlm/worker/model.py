@@ -328,10 +328,20 @@ def load_model(
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
     task: str = "masked-lm",
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load saved weights in fp32. Under ZeRO-3 (once the Accelerator exists) each rank keeps its part only."""
+    """Load saved weights in fp32, or in the few bits of a BitsAndBytesConfig, `quantization`, on a GPU. Under ZeRO-3
+    (once the Accelerator exists) each rank keeps its part only."""
+    others: dict[str, Any] = {}
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        others = {
+            "quantization_config": BitsAndBytesConfig(**quantization),
+            "device_map": {"": torch.cuda.current_device()},
+        }
     model: PreTrainedModel = MODEL_KINDS[task].auto_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
+        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True, **others
     )
     if gradient_checkpointing:
         # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.

@@ -47,12 +47,12 @@ def require_equal(checkpoint: Checkpoint, manifest: Manifest, live: dict[str, Te
             continue
         saved = torch.empty(shape)
         if saved.numel():
-            reader.read_into(memoryview(saved.view(-1).numpy()), name, "weight")
+            reader.read_into(saved.view(-1).numpy().data, name, "weight")
         if not torch.equal(saved, live[name]):
             problems.append(f"{name} {'has other values' if saved.any() else 'is all zero'}")
     if problems:
         shown = "; ".join(sorted(problems)[:_SHOWN])
         raise CheckpointError(
-            f"the adapter that was saved is not that of the model ({len(problems)} of {len(live)} weights: {shown}); it "
-            "is not kept"
+            f"the adapter that was saved is not that of the model ({len(problems)} of {len(live)} weights: {shown}); "
+            "it is not kept"
         )

@@ -172,6 +172,7 @@ class Worker:
             config.training.gradient_checkpointing,
             config.training.torch_compile,
             config.task.type,
+            config.model.quantization,
         )
         if has_adapter(config):
             from distlm.worker.adapter import load_adapter
