@@ -297,10 +297,12 @@ def _read_sentences(file: TextFile, columns: Sequence[str], table: TableSettings
                 positions = [names.index(column) for column in columns]
                 num_fields = len(names)
             if len(fields) != num_fields:
-                whose = "column_names has" if table.column_names is not None else "the first line has"
-                whose = "CoNLL-U has" if is_conllu and table.column_names is None else whose
-                message = f"the line has {len(fields)} fields and {whose} {num_fields}; mend it, or name column_names"
-                raise bad_file(message, file.path, lines.number)
+                message = f"the line has {len(fields)} fields and the first line has {num_fields}"
+                if table.column_names is not None:
+                    message = f"the line has {len(fields)} fields and column_names has {num_fields}"
+                elif is_conllu:
+                    message = f"the line has {len(fields)} fields and CoNLL-U has {num_fields}"
+                raise bad_file(f"{message}; mend it, or name all columns in column_names", file.path, lines.number)
             if is_conllu and not fields[0].isdecimal():
                 continue
             if not words:
@@ -410,7 +412,7 @@ def format_of(path: Path, rows: bool = False) -> FormatName | None:
 def describe_unsupported(path: Path, rows: bool = False) -> str:
     if suffixes(path)[0] == ".parquet":
         return "Parquet compresses its columns itself; unpack the file, and name it .parquet"
-    return f"unsupported suffix; use one of {TABLE_SUFFIXES if rows else SUFFIXES}"
+    return f"unsupported suffix; use one of {TABLE_SUFFIXES if rows else SUFFIXES}, or set format"
 
 
 def needs_pyarrow(path: Path, form: FormatName | None = None) -> bool:
