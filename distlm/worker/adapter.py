@@ -17,7 +17,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -25,6 +25,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -108,7 +109,7 @@ def adapter_config(
     """
     peft_type = peft_type_of(settings)
     assert peft_type is not None, "there is an adapter"
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index]
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     legal = {field.name for field in fields(config_class) if field.init}
     values = {name: value for name, value in settings.items() if name != "peft_type"}
     if problems := [*_illegal_keys(values, legal, peft_type), *_wrong_types(values, config_class)]:
@@ -130,6 +131,10 @@ def adapter_config(
     if config.is_prompt_learning and task_type is None:
         message = "puts virtual tokens before a sample, and masked-LM has a logit for each real one; use lora"
         raise InputError(Problem(message, _TYPE_KEY, str(settings["peft_type"])))
+    if config.is_prompt_learning and not config.num_virtual_tokens:
+        raise InputError(
+            Problem(f"is missing: how many tokens {peft_type} adds, such as 20", "peft.num_virtual_tokens")
+        )
     return config
 
 
@@ -147,13 +152,16 @@ def _wrong_types(values: dict[str, Any], config_class: type) -> Iterator[Problem
     """Values that are not of the type that PEFT's dataclass declares. PEFT itself takes them, and fails later."""
     hints = get_type_hints(config_class)
     for name, value in values.items():
-        if name in hints:
+        if name in hints and not _PISSA_WITH_ITERATIONS.fullmatch(str(value)):
             try:  # as JSON: a list may then stand for a tuple or a set, and a string for a member of an enum
                 adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=_adapter_options(hints[name]))
                 adapter.validate_json(json.dumps(value), strict=True)
             except ValidationError as error:
                 wanted = "; ".join(dict.fromkeys(details["msg"] for details in error.errors()))
                 yield Problem(f"{wanted[:1].lower()}{wanted[1:]}", f"peft.{name}", str(value))
+
+
+_PISSA_WITH_ITERATIONS = re.compile(r"pissa_niter_\d+")  # declared as "pissa_niter_[number of iters]"
 
 
 def _adapter_options(hint: Any) -> ConfigDict | None:
@@ -202,18 +210,16 @@ def head_modules(model: PreTrainedModel, head_names: Sequence[str]) -> list[str]
     size of the vocabulary, and not tied any more. For a masked LM with a new head that leaves its dense layer and norm;
     a bias that belongs to no other module stays as it is, zero.
     """
-    inside = {id(p) for name in head_names for p in model.get_submodule(name).parameters()}
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    shared = {number for number in inside if owners[number] > 1}
+    names: dict[int, list[str]] = {}
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(parameter_name)
 
     def unshared(name: str) -> Iterator[str]:
         module = model.get_submodule(name)
-        parameters = {id(parameter) for parameter in module.parameters()}
-        if parameters and not parameters & shared:
+        owned = {id(parameter) for parameter in module.parameters()}
+        if owned and all(other.startswith(f"{name}.") for number in owned for other in names[number]):
             yield name
-        elif parameters & shared:
+        elif owned:
             for child, _ in module.named_children():
                 yield from unshared(f"{name}.{child}")
 
@@ -284,7 +290,7 @@ def _summary(parameter: Tensor) -> tuple[float, float]:
 
 def _require_convertible(config: PeftConfig) -> None:
     """Whether the adapter can be expressed for the unchanged base model; see `adapter_export`."""
-    kind = str(config.peft_type.value if hasattr(config.peft_type, "value") else config.peft_type)
+    kind = config.peft_type.value
     if kind != "LORA":
         message = "changes the weights of the model itself, so what it learns is no adapter; use another method"
         raise InputError(Problem(message, _TYPE_KEY, kind.lower()))
@@ -409,6 +415,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             warnings.simplefilter("ignore")
             peft_model, tensors = _build(model, config, saved.seed)
         saved.copy_to(tensors)
+        _gather_base_with_layer(peft_model)
     except CheckpointError:
         raise
     except Exception as error:  # broken files make PEFT raise errors of many kinds
@@ -451,15 +458,32 @@ class InitialTensors:
                 yield name, file.get_tensor(name)
 
 
-def _whole_weights(model: nn.Module) -> AbstractContextManager[Any]:
-    """Under ZeRO-3, have every rank hold all weights of the model meanwhile: many methods compute from them."""
-    parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not parameters:
-        return nullcontext()
+@contextmanager
+def _whole_weights(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3, have every rank hold all weights of the model meanwhile: many methods compute from them.
+
+    Not by `deepspeed.zero.GatheredParameters`, which may not be nested, and PEFT uses it in some methods.
+    """
+    parameters: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if parameters:
+        parameters[0].all_gather(param_list=parameters)
+    try:
+        yield
+    finally:
+        if parameters:
+            parameters[0].partition(param_list=parameters)
+
+
+def _gather_base_with_layer(peft_model: PeftModel) -> None:
+    """Have ZeRO-3 gather the weights of an adapted layer for the adapter around it as well: some methods (DEFT) read
+    them after the layer has computed, when ZeRO-3 has given them up."""
     import deepspeed
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-    return gathered
+    for module in peft_model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for parameter in module.get_base_layer().parameters():
+                if hasattr(parameter, "ds_id"):
+                    deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def rehearse(peft_model: PeftModel, max_seq_length: int) -> None:
@@ -511,7 +535,7 @@ def _train_on_one_sample(peft_model: PeftModel, max_seq_length: int) -> None:
         (logits * direction).sum().backward()
 
 
-def _refusal(config: PeftConfig, model: nn.Module, reason: str, max_seq_length: int | None = None) -> Problem:
+def _refusal(config: PeftConfig, model: Any, reason: str, max_seq_length: int | None = None) -> Problem:
     """Why a method cannot be used with a model, in the words of the library that found out."""
     kind = config.peft_type.value
     positions = getattr(model.config, "max_position_embeddings", None)
