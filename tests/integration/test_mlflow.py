@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 
 from distlm.controller.recorder import Recorder
 from distlm.errors import AttestationError, InfrastructureError, InputError
-from distlm.run_folder import RunFolder, read_json
+from distlm.run_folder import RunFolder, read_json, write_yaml
 from distlm.tracking import Point, RefusedError
 from distlm.tracking.delivery import sync
 from distlm.tracking.mlflow import RUN_ID_TAG, MlflowTracker
@@ -323,6 +323,7 @@ def trained(tmp_path: Path) -> RunFolder:
     )
     BertForMaskedLM(config).save_pretrained(run.model)
     tokenizer.save_pretrained(run.model)
+    write_yaml(run.run_yaml, {"task": {"type": "masked-lm"}})
     return run
 
 
