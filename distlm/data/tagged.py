@@ -53,6 +53,7 @@ class WordEncoder:
         for words, encoding in zip(texts, encodings, strict=True):
             tokens: list[list[int]] = [[] for _ in words]
             for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
+                assert word is not None, "without special tokens every token is of a word"
                 tokens[word].append(token)
             length = self._layout.body_length
             yield [self._window(*cut) for cut in _cut([found[:length] or [self._nothing] for found in tokens], length)]

@@ -66,6 +66,12 @@ def _norm_gradient(rows: Tensor) -> Tensor:
     return 2 * difference @ rows / difference.norm().clamp(min=1e-12)
 
 
+def make_rank_allocation(engine: DeepSpeedEngine) -> RankAllocation | None:
+    """What reduces the ranks of an engine's adapter; None: it is not of AdaLoRA."""
+    is_adalora = engine.module.peft_config[_ADAPTER].peft_type == "ADALORA"
+    return RankAllocation(engine) if is_adalora else None
+
+
 class RankAllocation:
     """Reduces the ranks after each optimizer step of an engine, by PEFT's own rules, from whole weights and gradients.
 

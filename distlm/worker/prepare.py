@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.config.reproduce import original_of
@@ -23,7 +24,6 @@ from distlm.run_reference import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
@@ -74,6 +74,8 @@ class Prepared:
     """In the loss, of each label that the model knows; None: all the same."""
     tag_scheme: str = "none"
     """Of the labels of words as the model learns them: iob2, or none."""
+    base_name_or_path: str = ""
+    """The pretrained model: its name on the Hub, or the folder that it was read from."""
     drawn_weights: list[str] = field(default_factory=list)
     """Weights of a pretrained model that it did not have: its head for this task."""
 
@@ -172,6 +174,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         num_labels=labels.num_known or int(config.task.type != "masked-lm"),
         label_weights=None if config.task.type == "masked-lm" else label_weights(config.task.class_weights, labels),
         tag_scheme="none" if labels.tag_scheme == "none" else "iob2",
+        base_name_or_path=_absolute(config.model.name_or_path or ""),
         drawn_weights=drawn_weights,
     )
     _check_schedule(config, prepared.total_steps)
@@ -181,6 +184,10 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
 
 def _is_local(name_or_path: str) -> bool:
     return os.path.isdir(name_or_path) or name_or_path.startswith(PREFIX)
+
+
+def _absolute(name_or_path: str) -> str:
+    return str(Path(name_or_path).absolute()) if os.path.isdir(name_or_path) else name_or_path
 
 
 def _check_words(tokenizer: Path) -> None:
@@ -366,6 +373,8 @@ def _make_initial_weights(
         trained = adapter.model
     num_trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     if has_adapter(config):
+        if adapter.changed_base:  # what the exported adapter is for
+            shutil.copytree(run.init / "model", run.init / "base", dirs_exist_ok=True)
         save_initial(adapter, run.init)  # uses the model up
     return drawn, num_trainable
 
