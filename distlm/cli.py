@@ -250,8 +250,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a checkpoint as a Hugging Face folder",
         description="Write the weights of a checkpoint (fp32), its config, tokenizer and model card into a new folder "
-        "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model; of an adapter, as "
-        "much as the model.",
+        "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model; of an adapter, "
+        "as much as the model.",
     )
     _add_run(export)
     export.add_argument("dir", type=Path, metavar="DIR", help="folder to make; must not exist, or be empty")

@@ -48,6 +48,7 @@ class ParquetFiles:
     delimiter: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    document_column: str | None = None
     max_documents: int | None = None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from distlm.config.resolve import looks_at_documents
 from distlm.config.schema import DataConfig, TextClassificationTask, TokenClassificationTask
 from distlm.data.blocks import blocks_path
 from distlm.data.cache import fingerprint, make_folder
@@ -28,7 +29,7 @@ from distlm.data.parallel import Totals
 from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer
 from distlm.data.row_encoder import Columns, LabelledRow, RowCounts, RowEncoder
 from distlm.data.row_source import LabelledSource, open_labelled
-from distlm.data.rows import label_column, labelled_columns, text_columns
+from distlm.data.rows import document_column, label_column, labelled_columns, text_columns
 from distlm.data.samples import SampleWriter, sample_schema
 from distlm.data.sources import Source
 from distlm.data.tagged import TaggedRows
@@ -59,7 +60,7 @@ def prepare_labelled(
     Raises InputError where a source, the tokenizer, a row or a label is bad.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    sources = _Sources(data, cache, report, commits or {})
+    sources = _Sources(data, looks_at_documents(task), cache, report, commits or {})
     tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache, needs_mask=False)
     digest = tokenizer_digest(tokenizer)
     told = task.model_dump(exclude={"class_weights", "label_smoothing_factor"})  # these are no matter of the samples
@@ -103,18 +104,22 @@ def make_encoder(
 class _Sources:
     """The training and the validation sources of a run."""
 
-    def __init__(self, data: DataConfig, cache: Path, report: Report, commits: Mapping[str, str]) -> None:
+    def __init__(
+        self, data: DataConfig, has_documents: bool, cache: Path, report: Report, commits: Mapping[str, str]
+    ) -> None:
+        """`has_documents`: the task looks at which documents rows belong to."""
+
         def opened(split: str, sources: Sequence[Source]) -> list[LabelledSource]:
             keys = [f"data.{split}.{number}" for number in range(len(sources))]
             return [
-                open_labelled(key, source, labelled_columns(source), cache, report, commits.get(key))
+                open_labelled(key, source, labelled_columns(source, has_documents), cache, report, commits.get(key))
                 for key, source in zip(keys, sources, strict=True)
             ]
 
         self.train, self.validation = opened("train", data.train), opened("validation", data.validation)
         self.columns = [
-            Columns(text_columns(source)[0], source.text_pair_column, label_column(source), key_of.key)
-            for source, key_of in zip([*data.train, *data.validation], self.all, strict=True)
+            columns_of(source, opened_source.key, has_documents)
+            for source, opened_source in zip([*data.train, *data.validation], self.all, strict=True)
         ]
         self.fraction = 0.0 if data.validation else data.validation_fraction
 
@@ -132,6 +137,17 @@ class _Sources:
     def identity(self) -> list[Any]:
         train, validation = ([source.identity for source in split] for split in (self.train, self.validation))
         return [train, validation, self.fraction]
+
+
+def columns_of(source: Source, key: str, has_documents: bool) -> Columns:
+    """Where the source that stands at `key` in the config has what a task reads."""
+    return Columns(
+        text=text_columns(source)[0],
+        pair=source.text_pair_column,
+        label=label_column(source),
+        document=document_column(source) if has_documents else None,
+        key=key,
+    )
 
 
 @dataclass
@@ -180,11 +196,12 @@ class _Preparation:
     def _rows(self, is_training: bool) -> Iterator[tuple[int, LabelledRow]]:
         """(number of the source, row) of all rows that are trained, or of all that are held out."""
         held_out = are_held_out(self._all.fraction)
+        numbers = itertools.count()
         for number, source in enumerate(self._all.all):
             is_validation = number >= len(self._all.train)
             for row in source.rows():
                 if (is_validation or next(held_out)) != is_training:
-                    yield number, LabelledRow(row, self._all.columns[number])
+                    yield number, LabelledRow(row, self._all.columns[number], next(numbers))
 
     def _add(self, number: int, rows: list[LabelledRow], is_training: bool) -> None:
         """Encode rows of a source and write their samples."""
@@ -193,9 +210,8 @@ class _Preparation:
         encoded = self._encoder.encode(rows, source.counts, is_training)
         for row, samples in zip(rows, encoded, strict=True):
             text = self._encoder.words(row)
-            row_number = split.totals.num_documents + split.totals.num_empty_documents
             for sample in samples:
-                split.writer.add(row_number, sample.input_ids, sample.labels, sample.token_type_ids)
+                split.writer.add(sample.input_ids, sample.labels, sample.rows, sample.token_type_ids)
             is_empty = not text.strip()
             added = Totals(
                 num_documents=int(not is_empty),

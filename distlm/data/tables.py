@@ -56,6 +56,8 @@ _TOKEN_SUFFIXES: dict[str, FormatName] = {
 }
 """Of files that hold words with labels."""
 
+DOCSTART = "-DOCSTART-"
+"""How a line begins that begins a document in CoNLL's formats."""
 CONLLU_COLUMNS = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
 
@@ -273,28 +275,33 @@ def _read_conllu(file: TextFile, columns: Sequence[str], table: TableSettings) -
 def _read_sentences(file: TextFile, columns: Sequence[str], table: TableSettings, is_conllu: bool) -> Iterator[Record]:
     """A row is a sentence: a line for each word, ended by a blank line. A value is the list of a column's fields.
 
-    A `-DOCSTART-` line ends a sentence and is none. Of CoNLL-U are left out: comments, and the lines of contractions
-    (1-2) and of words that are not written (1.1), so that each word comes once.
+    A `-DOCSTART-` line ends a sentence and is none; the column of that name counts them. Of CoNLL-U are left out:
+    comments, and the lines of contractions (1-2) and of words that are not written (1.1), so that each word comes once.
     """
     names = list(table.column_names) if table.column_names is not None else CONLLU_COLUMNS if is_conllu else None
-    positions: list[int] = []
+    positions: list[int | None] = []
     words: list[list[str]] = []
-    first_line = 0
+    first_line = num_documents = 0
+
+    def sentence() -> list[Any]:
+        return [num_documents if p is None else [word[p] for word in words] for p in positions]
+
     with Lines(file) as lines:
         for line in lines:
             stripped = line.strip(" \t\r\n")
-            if not stripped or line.startswith("-DOCSTART-"):
+            if not stripped or line.startswith(DOCSTART):
                 if words:
-                    yield _transposed(words, positions), first_line, lines.take_undecodable()
+                    yield sentence(), first_line, lines.take_undecodable()
                     words = []
+                num_documents += bool(stripped)
                 continue
             if is_conllu and line.startswith("#"):
                 continue
             fields = _fields(line)
             if not positions:
                 names = names or _conll_names(len(fields), table)
-                check_columns(columns, names, table.keys, file.path, lines.number)
-                positions = [names.index(column) for column in columns]
+                check_columns(columns, [*names, DOCSTART], table.keys, file.path, lines.number)
+                positions = [None if column == DOCSTART else names.index(column) for column in columns]
                 num_fields = len(names)
             if len(fields) != num_fields:
                 message = f"the line has {len(fields)} fields and the first line has {num_fields}"
@@ -309,11 +316,7 @@ def _read_sentences(file: TextFile, columns: Sequence[str], table: TableSettings
                 first_line = lines.number
             words.append(fields)
         if words:
-            yield _transposed(words, positions), first_line, lines.take_undecodable()
-
-
-def _transposed(words: Sequence[Sequence[str]], positions: Sequence[int]) -> list[list[str]]:
-    return [[word[position] for word in words] for position in positions]
+            yield sentence(), first_line, lines.take_undecodable()
 
 
 def _fields(line: str) -> list[str]:

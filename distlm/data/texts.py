@@ -60,6 +60,7 @@ class TextRows:
                     input_ids,
                     encoded["token_type_ids"][number] if self.has_token_types else (),
                     self._targets(row, counts),
+                    [row.number],
                     input_ids.count(self._tokenizer.unk_token_id),
                 )
             ]

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from distlm.config.resolve import contradictions
+from distlm.config.resolve import contradictions, looks_at_documents
 from distlm.config.schema import RunConfig
 from distlm.data.rows import check_rows, labelled_columns
 from distlm.data.sources import check_source
@@ -50,7 +50,11 @@ class LocalLauncher:
         for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
             for index, source in enumerate(sources):
                 is_text = config.task.type == "masked-lm"
-                for problem in check_source(source) if is_text else check_rows(source, labelled_columns(source)):
+                for problem in (
+                    check_source(source)
+                    if is_text
+                    else check_rows(source, labelled_columns(source, looks_at_documents(config.task)))
+                ):
                     key = ".".join(filter(None, ("data", section, str(index), problem.key)))
                     yield Problem(_with_place(problem), key, problem.value)
         for key, name in (

@@ -121,8 +121,8 @@ class CheckpointSaver:
         on_committed: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
         """With `reads_back` each checkpoint is compared with the model before it is committed, which takes a copy of
-        the trainable weights on rank 0. `method_state` gives what the training method keeps. `on_committed` is called on rank 0, in the thread. Raises CheckpointError if
-        the store cannot be written."""
+        the trainable weights on rank 0. `method_state` gives what the training method keeps. `on_committed` is called
+        on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
         self._engine, self._store, self._seed = engine, store, seed
         self._reads_back, self._method_state = reads_back, method_state
         self._retention = retention or Retention()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
+from distlm.data import letter_case
 from distlm.errors import InputError, Problem
 from distlm.run_folder import whole_folder
 
@@ -251,6 +253,8 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
                 drawn = _draw_head_anew(model)
         else:
             model = auto_class.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
+        if config.task.type == "token-classification" and config.task.case_feature:
+            drawn += _enlarge_token_types(model)
         if attn != "flash_attention_2":  # that one runs on GPUs only
             _require_logits(model, config)
     except InputError:
@@ -270,6 +274,30 @@ def save_initial_model(model: PreTrainedModel, folder: Path) -> None:
         # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
         # there that are several in the module. `from_pretrained` reads both.
         model.save_pretrained(temporary, save_original_format=False)
+
+
+_TOKEN_TYPES = "token_type_embeddings"
+_TOKEN_TYPE_NOISE = 0.02  # standard deviation, as BERT's initializer_range
+
+
+def _enlarge_token_types(model: PreTrainedModel) -> list[str]:
+    """Give a model a token type for each class of words; names of the weights that were drawn. The new ones begin as
+    the type that all tokens have had, but for some noise. One that has them already stays as it is."""
+    name = next((name for name, _ in model.named_modules() if name.endswith(_TOKEN_TYPES)), None)
+    if name is None:
+        message = f"this {model.config.model_type} has no token types; leave it out, or take a cased model"
+        raise InputError(Problem(message, "task.case_feature", "true"))
+    table = model.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    if table.num_embeddings == letter_case.NUM_TOKEN_TYPES:
+        return []
+    enlarged = nn.Embedding(letter_case.NUM_TOKEN_TYPES, table.embedding_dim)
+    with torch.no_grad():
+        enlarged.weight.copy_(table.weight[0] + _TOKEN_TYPE_NOISE * torch.randn_like(enlarged.weight))
+        enlarged.weight[0] = table.weight[0]
+    model.set_submodule(name, enlarged)
+    model.config.type_vocab_size = letter_case.NUM_TOKEN_TYPES
+    return [f"{name}.weight"]
 
 
 def _knows_labels(config: RunConfig, model_config: PretrainedConfig) -> bool:
@@ -293,10 +321,13 @@ def _draw_head_anew(model: PreTrainedModel) -> list[str]:
 
 
 def head_names(model: PreTrainedModel, drawn: Iterable[str]) -> list[str]:
-    """Modules of the task's head: all that is not the base model, and its pooler if that was drawn anew."""
+    """Modules that are trained for the task whatever the method: all that is not the base model, and of that what was
+    drawn anew, its pooler or its token types."""
     base = model.base_model_prefix
     names = [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
-    return [*names, f"{base}.pooler"] if any(name.startswith(f"{base}.pooler.") for name in drawn) else names
+    if any(name.startswith(f"{base}.pooler.") for name in drawn):
+        names.append(f"{base}.pooler")
+    return [*names, *(name.rpartition(".")[0] for name in drawn if f".{_TOKEN_TYPES}." in name)]
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -174,7 +174,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         num_labels=labels.num_known or int(config.task.type != "masked-lm"),
         label_weights=None if config.task.type == "masked-lm" else label_weights(config.task.class_weights, labels),
         tag_scheme="none" if labels.tag_scheme == "none" else "iob2",
-        base_name_or_path=_absolute(config.model.name_or_path or ""),
+        base_name_or_path=_base(config, run),
         drawn_weights=drawn_weights,
     )
     _check_schedule(config, prepared.total_steps)
@@ -186,8 +186,12 @@ def _is_local(name_or_path: str) -> bool:
     return os.path.isdir(name_or_path) or name_or_path.startswith(PREFIX)
 
 
-def _absolute(name_or_path: str) -> str:
-    return str(Path(name_or_path).absolute()) if os.path.isdir(name_or_path) else name_or_path
+def _base(config: RunConfig, run: RunFolder) -> str:
+    """The model that an exported adapter is for."""
+    if config.task.type == "token-classification" and config.task.case_feature:  # it has more token types now
+        return str(run.init / ("base" if (run.init / "base").exists() else "model"))
+    name = config.model.name_or_path or ""
+    return str(Path(name).absolute()) if os.path.isdir(name) else name
 
 
 def _check_words(tokenizer: Path) -> None:
