@@ -57,8 +57,10 @@ _OURS = {
     "peft_version": "PEFT fills it in",
     "runtime_config": "it is not part of a run",
     "total_step": "it follows training.max_steps or training.num_train_epochs",
-    "rank_pattern of ADALORA": "it is found in training",
 }
+_SCHEDULE = ("tinit", "tfinal", "total_step")
+"""Keys of AdaLoRA that are of a run and not of an adapter."""
+
 _NEEDS_DATA = ("eva", "corda", "lora_ga", "loftq")
 """Values of `init_lora_weights` that look at data, gradients or a quantised model, and not at the weights alone."""
 
@@ -140,12 +142,11 @@ def adapter_config(
 
 def _illegal_keys(values: dict[str, Any], legal: set[str], peft_type: str) -> Iterator[Problem]:
     for name, value in values.items():
-        reason = _OURS.get(f"{name} of {peft_type}") or _OURS.get(name)
         if name not in legal:
             advice = nearest_name(name, legal - _OURS.keys())
             yield Problem(f"unknown key of {peft_type}; {advice}", f"peft.{name}", str(value))
-        elif reason:
-            yield Problem(f"cannot be set: {reason}", f"peft.{name}", str(value))
+        elif name in _OURS:
+            yield Problem(f"cannot be set: {_OURS[name]}", f"peft.{name}", str(value))
 
 
 def _wrong_types(values: dict[str, Any], config_class: type) -> Iterator[Problem]:
@@ -327,14 +328,20 @@ def _read_peft_format(peft_model: PeftModel, folder: Path) -> None:
     """The weights of an adapter that PEFT has saved, in place of those drawn. Raises InputError if they do not fit."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+    key = "model.adapter"
+    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    prompt = {name for name in trainable if name.startswith("prompt_encoder.")}
+    if len(prompt) > 1:
+        message = "cannot be trained further: of an encoder of virtual tokens, PEFT saves what it gives and not itself"
+        raise InputError(Problem(message, key, str(folder)))
     loaded = load_peft_weights(str(folder), device="cpu")
     result = set_peft_model_state_dict(peft_model, loaded)
-    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    missing = sorted(trainable & set(result.missing_keys))
-    if not loaded or missing or result.unexpected_keys:
-        name = next(iter([*missing, *sorted(result.unexpected_keys)]), "no tensor at all")
-        message = f"is no adapter of this model: {len(missing)} weights are missing and {len(result.unexpected_keys)} "
-        raise InputError(Problem(f"{message}are too many, such as {name}", "model.adapter", str(folder)))
+    missing = sorted(trainable & set(result.missing_keys) - prompt)
+    unexpected = sorted(set(result.unexpected_keys) - {"prompt_embeddings"})
+    if not loaded or missing or unexpected:
+        name = next(iter([*missing, *unexpected]), "no tensor at all")
+        message = f"is no adapter of this model: {len(missing)} weights are missing and {len(unexpected)} are too many"
+        raise InputError(Problem(f"{message}, such as {name}", key, str(folder)))
 
 
 def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -> PeftConfig:
@@ -356,7 +363,7 @@ def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -
         message = f"is an adapter of {earlier.peft_type}, and the run asks for {settings['peft_type']}"
         raise InputError(Problem(message, key, str(folder)))
     problems = []
-    for name in settings.keys() - {"peft_type", "modules_to_save"}:
+    for name in sorted(settings.keys() - {"peft_type", "modules_to_save", *_SCHEDULE}):
         wanted, found = getattr(config, name), getattr(earlier, name)
         is_resolved = str(wanted).lower() == _ALL_LINEAR  # in the earlier one it stands as a list of names
         if not is_resolved and _comparable(wanted) != _comparable(found):
@@ -371,7 +378,7 @@ def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -
         earlier.init_lora_weights = True  # its weights are read, and the base model must stay as it is
     if getattr(config, "modules_to_save", None) is not None:
         earlier.modules_to_save = list(dict.fromkeys([*(earlier.modules_to_save or ()), *config.modules_to_save]))
-    for name in ("tinit", "tfinal", "total_step"):  # of the run, not of the adapter
+    for name in _SCHEDULE:
         if hasattr(config, name):
             setattr(earlier, name, getattr(config, name))
     return earlier

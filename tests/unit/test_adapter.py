@@ -315,3 +315,21 @@ def test_an_earlier_adapter_is_trained_further(tmp_path: Path) -> None:
     save_file({"other": torch.ones(1)}, folder / ADAPTER_WEIGHTS_NAME)
     with pytest.raises(InputError):
         draw_adapter(load_base(init / "model", "SEQ_CLS"), earlier, 9, CLASSIFIER, source=folder)
+
+
+@pytest.mark.parametrize("peft_type", ["prompt-tuning", "p-tuning"])
+def test_virtual_tokens_are_trained_further_where_peft_has_saved_them_whole(tmp_path: Path, peft_type: str) -> None:
+    settings = {"peft_type": peft_type, "num_virtual_tokens": 4}
+    init = write_init(tmp_path / "init", settings, "SEQ_CLS")
+    model, _ = trained(init, "SEQ_CLS")
+    before = logits(model)
+    export_adapter(model, tmp_path, "base", InitialTensors(init / "adapter"))
+    earlier = earlier_config(tmp_path, settings, config(**settings))
+    base = load_base(init / "model", "SEQ_CLS")
+    if peft_type == "p-tuning":
+        with pytest.raises(InputError, match="cannot be trained further"):
+            draw_adapter(base, earlier, 9, CLASSIFIER, source=tmp_path)
+    else:
+        adapter = draw_adapter(base, earlier, 9, CLASSIFIER, source=tmp_path)
+        rehearse(adapter.model, 16)
+        assert torch.equal(logits(adapter.model), before)
