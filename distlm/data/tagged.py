@@ -95,11 +95,11 @@ class TaggedRows:
         return self._ids.info
 
     def words(self, row: LabelledRow) -> str:
-        return " ".join(_list(row, row.text, "text"))
+        return " ".join(words_of(row, row.text, "text"))
 
     def encode(self, rows: list[LabelledRow], counts: RowCounts, is_training: bool) -> Iterator[list[Sample]]:
         spreads = is_training and self._task.label_all_tokens
-        all_windows = self._encoder.encode([_list(row, row.text, "text") for row in rows])
+        all_windows = self._encoder.encode([words_of(row, row.text, "text") for row in rows])
         for row, windows in zip(rows, all_windows, strict=True):
             found = _tags(row)
             if self._scheme is not tags.TagScheme.NONE:
@@ -142,13 +142,13 @@ class TaggedRows:
 
 def _tags(row: LabelledRow) -> list[str]:
     """The labels of the words of a row. Raises InputError where they are not as many as the words."""
-    words, found = _list(row, row.text, "text"), _list(row, row.label, "label")
+    words, found = words_of(row, row.text, "text"), words_of(row, row.label, "label")
     if len(words) != len(found):
         raise row.problem(f"the row has {len(words)} words and {len(found)} labels; each word needs one", "label")
     return found
 
 
-def _list(row: LabelledRow, value: Any, column: str) -> list[str]:
+def words_of(row: LabelledRow, value: Any, column: str) -> list[str]:
     """Words or labels: a list, or text that blanks divide."""
     if isinstance(value, str):
         return value.split()
