@@ -24,6 +24,7 @@ from distlm.console import exit_code_of, say
 from distlm.data.batches import evaluation_batches
 from distlm.data.labelled import make_encoder
 from distlm.data.labels import LabelInfo
+from distlm.data.order import permute
 from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
 from distlm.data.row_source import RowSource
 from distlm.data.samples import IGNORED, SampleDataset, SampleWriter, sample_schema
@@ -121,7 +122,7 @@ def _scores(
     model = EvaluatedModel(trained, settings.mixed_precision, device)
     loss_sum, num_targets = 0.0, 0.0
     judged = []
-    everything = np.arange(len(data))
+    everything = permute(np.arange(len(data)), len(data), 0, 0)  # as in training, where some may be left out
     for chosen in evaluation_batches(everything, data.lengths, batch_size, settings.max_batch_tokens, 1):
         samples = data[chosen.indices]
         batch = task.collate(samples, np.zeros_like(chosen.indices), chosen.indices, training=False)

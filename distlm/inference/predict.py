@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -41,8 +42,6 @@ from distlm.table_arguments import TableArguments, add_table_arguments
 from distlm.worker.export import choose_checkpoint
 
 _PROGRESS_INTERVAL_S = 10.0
-_MAX_RESTARTS = 2
-"""Of a worker that was killed; what it was at is begun anew."""
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -218,6 +217,8 @@ def _predict_on_ray(
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # Ray 2.60 has no other way to say how often a worker is restarted.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         numbers = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
         done = numbers.map_batches(
             _PartWorker,
@@ -226,8 +227,9 @@ def _predict_on_ray(
             fn_constructor_args=(run.path, step, parts.folder, batch_size, cluster.cpus_per_worker),
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 if cluster.device == "cuda" else 0,
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_RESTARTS,
+            # What is killed for want of memory would be begun anew for ever; another call goes on with the parts.
+            max_restarts=0,
+            max_task_retries=0,
         )
         try:
             for _ in done.iter_rows():
@@ -244,7 +246,8 @@ def _explained(error: BaseException) -> DistlmError:
             return found
         found = getattr(found, "cause", None) or found.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return InfrastructureError(f"a worker failed: {type(error).__name__}: {lines[-1] if lines else ''}")
+    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return InfrastructureError(f"a worker failed: {reason}; the same command goes on with the parts that are left")
 
 
 def parse(arguments: list[str] | None, prog: str, add: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
