@@ -16,6 +16,7 @@ from pathlib import Path
 from distlm import __version__
 from distlm.console import exit_code_of
 from distlm.errors import ExitCode
+from distlm.table_arguments import add_table_arguments
 
 _EPILOG = """examples:
   distlm validate configs/pretrain.yaml     every problem of it, with its line
@@ -72,6 +73,12 @@ one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
   distlm export last my-model
   distlm export last my-model --step best
   distlm export last my-model --merge""",
+    "predict": """
+  distlm predict last reviews.csv --out predicted.csv
+  distlm predict last texts.jsonl --out labels.parquet --step best --workers 4""",
+    "evaluate": """
+  distlm evaluate last test.csv
+  distlm evaluate last test.conll --step best --out scores""",
 }
 
 _CHECKPOINTS_EPILOG = """states:
@@ -255,17 +262,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run(export)
     export.add_argument("dir", type=Path, metavar="DIR", help="folder to make; must not exist, or be empty")
-    export.add_argument(
-        "--step",
-        default="last",
-        metavar="N|best|last",
-        help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default)",
-    )
+    _add_step(export)
     export.add_argument(
         "--merge", action="store_true", help="of an adapter: write the model with the adapter merged into it"
     )
     _add_runs_dir(export)
     export.set_defaults(verb=_later("checkpoints", "export"))
+
+    predict = verbs.add_parser(
+        "predict",
+        help="label every row of a file with a run's model",
+        description="Predict with a run's model for every row of INPUT and write FILE: all columns of the input, in "
+        "its order, and label and score, or labels and scores, or prediction, or the labels of the words. A call "
+        "after a kill goes on where it was: docs/predict.md.",
+    )
+    _add_run(predict)
+    predict.add_argument("input", type=Path, metavar="INPUT", help="file: .csv .tsv .jsonl .parquet .txt .conll")
+    predict.add_argument(
+        "--out", type=Path, required=True, metavar="FILE",
+        help="file to make: .csv .tsv .jsonl .parquet, for words also .conll",
+    )  # fmt: skip
+    _add_step(predict)
+    predict.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="processes that predict, through Ray (default: 1)"
+    )
+
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="score a run's model on other labelled data",
+        description="Compute the metrics of the run's task, and its tables, on other labelled data.",
+    )
+    _add_run(evaluate)
+    evaluate.add_argument("data", type=Path, nargs="+", metavar="DATA", help="file, or several, with labels")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder for the tables: scores of each label, ...")
+    _add_step(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print an object for programs")
+    for verb, name in ((predict, "predict"), (evaluate, "evaluate")):
+        verb.add_argument(
+            "--batch-size", type=_positive, metavar="N",
+            help="samples of a batch (default: training.per_device_eval_batch_size)",
+        )  # fmt: skip
+        _add_runs_dir(verb)
+        add_table_arguments(verb, with_labels=verb is evaluate)
+        verb.set_defaults(verb=_later("inference", name))
 
     completion = verbs.add_parser(
         "completion",
@@ -285,6 +324,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", help="id (or its beginning), folder, or 'last'")
+
+
+def _add_step(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--step",
+        default="last",
+        metavar="N|best|last",
+        help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default)",
+    )
 
 
 def _add_runs_dir(verb: argparse.ArgumentParser) -> None:
@@ -320,6 +368,13 @@ def _count(text: str) -> int:
     """A number of things. Raises ArgumentTypeError."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number that is 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    """A number of things, at least one. Raises ArgumentTypeError."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number that is 1 or more")
     return int(text)
 
 

@@ -86,6 +86,8 @@ _COMPLETERS: dict[str, Any] = {
     "overrides": _overrides,
     "runs_dir": _FOLDERS,
     "dir": _FOLDERS,
+    "input": FilesCompleter(),
+    "data": FilesCompleter(),
     "step": lambda **_: ["last", "best"],
 }
 """By the name of the argument, which means the same in every verb."""

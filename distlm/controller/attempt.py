@@ -90,7 +90,7 @@ class AttemptController:
             if not address:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
-            cluster = ray_scope.enter_context(connect(self.config, temporary_root))
+            cluster = ray_scope.enter_context(connect(self.config.resources, temporary_root))
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
             if address:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from distlm.config.schema import RunConfig
+from distlm.config.schema import ResourcesConfig
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
 from distlm.processes import descendants, end_processes
@@ -63,17 +63,17 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def connect(config: RunConfig, temporary_root: Path | None) -> Iterator[Cluster]:
+def connect(resources: ResourcesConfig, temporary_root: Path | None) -> Iterator[Cluster]:
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards."""
     os.environ.update(_RAY_SETTINGS)
     if address := os.environ.get("RAY_ADDRESS"):
-        yield from _join(config, address)
+        yield from _join(resources, address)
     else:
         assert temporary_root is not None
-        yield from _start(config, temporary_root)
+        yield from _start(resources, temporary_root)
 
 
-def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
+def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
     import ray
 
     try:
@@ -83,16 +83,16 @@ def _join(config: RunConfig, address: str) -> Iterator[Cluster]:
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
     try:
         total = ray.cluster_resources()
-        device = config.resources.device
+        device = resources.device
         if device == "auto":
             device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
-        share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // config.resources.num_workers))
-        yield Cluster(device, config.resources.cpus_per_worker or (1 if device == "cuda" else share))
+        share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.num_workers))
+        yield Cluster(device, resources.cpus_per_worker or (1 if device == "cuda" else share))
     finally:
         ray.shutdown()
 
 
-def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
+def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster]:
     os.environ.update(
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
@@ -108,7 +108,7 @@ def _start(config: RunConfig, temporary_root: Path) -> Iterator[Cluster]:
     )
     import ray
 
-    resources, cores = config.resources, len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     gpus = visible_gpu_count()
     if gpus is None:
         gpus = _count_gpus_with_torch()

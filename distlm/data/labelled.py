@@ -40,7 +40,8 @@ from distlm.run_folder import read_json, write_json
 
 FORMAT_VERSION = 1
 """Of the samples; another one means other samples."""
-_ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1024
+"""Rows that are encoded together: documents as context end where these end."""
 
 LabelledTask = TextClassificationTask | TokenClassificationTask
 
@@ -188,7 +189,7 @@ class _Preparation:
             for is_training in (True, False):
                 for number, found in itertools.groupby(self._rows(is_training), key=lambda pair: pair[0]):
                     rows = (row for _, row in found)
-                    while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+                    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
                         self._add(number, some, is_training)
             for split in self._splits.values():
                 split.writer.close()
@@ -231,7 +232,7 @@ class _Preparation:
                 self._training_texts.add(text_digest)
             elif text_digest in self._training_texts and not is_empty:
                 source.num_documents_in_training += 1
-            if (count := next(self._num_rows)) % _ROWS_AT_ONCE == 0:
+            if (count := next(self._num_rows)) % ROWS_AT_ONCE == 0:
                 self._report(PreparationProgress("encoding rows", num_documents=count))
 
     def info(self, folder_name: str, digest: str, vocab_size: int, data: DataConfig) -> DataInfo:

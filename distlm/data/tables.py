@@ -393,8 +393,34 @@ _FORMATS: dict[FormatName, Callable[[TextFile, Sequence[str], TableSettings], It
     "conllu": _read_conllu,
 }
 _DELIMITED = ("txt", "csv", "tsv")
+_DELIMITERS: dict[FormatName, str] = {"txt": "\t", "csv": ",", "tsv": "\t"}
 _OF_WORDS = ("conll", "conllu")
 assert set(_FORMATS) == set(get_args(FormatName))
+
+
+def column_names(file: TextFile, form: FormatName, table: TableSettings) -> list[str] | None:
+    """The names of all columns of a file; None: each row has its own (.jsonl). The file is one that `read_table` has
+    found a row in."""
+    if form == "jsonl":
+        return None
+    if form == "parquet":
+        import pyarrow.parquet as pq
+
+        return list(pq.read_schema(file.path).names)
+    if not is_table(form, table):
+        return [table.text_column]
+    if table.column_names is not None:
+        return list(table.column_names)
+    if form == "conllu":
+        return CONLLU_COLUMNS
+    with Lines(file) as lines:
+        if form == "conll":
+            words = (line for line in lines if line.strip(" \t\r\n") and not line.startswith("-DOCSTART-"))
+            return _conll_names(len(_fields(next(words, ""))), table)
+        dialect: dict[str, Any] = {"delimiter": table.delimiter or _DELIMITERS[form]}
+        if form != "csv":
+            dialect["quoting"] = csv.QUOTE_NONE
+        return next(csv.reader(lines, **dialect), [])
 
 
 # ------------------------------------------------------------------------------------------------------- names of files

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,23 +158,27 @@ def _add_prefix_space(step: object) -> None:
             _add_prefix_space(value)
 
 
-def group(rows: Sequence[LabelledRow], all_windows: Iterator[list[Window]], encoder: WordEncoder, context: str
-          ) -> Iterator[tuple[list[list[Window]], int]]:  # fmt: skip
-    """For each row (windows of each sample that is complete with it, number of the row's own windows)."""
+def group(
+    documents: Sequence[Any], all_windows: Iterable[list[Window]], encoder: WordEncoder, context: str
+) -> Iterator[tuple[list[list[Window]], int]]:
+    """For each text (windows of each sample that is complete with it, number of the text's own windows).
+
+    `documents` tell which texts belong together; `context` is that of the task's config.
+    """
     pending: list[Window] = []
     document: Any = None
-    for number, (row, windows) in enumerate(zip(rows, all_windows, strict=True)):
+    for number, windows in enumerate(all_windows):
         complete: list[list[Window]] = []
         if context != "document" or len(windows) > 1:
             complete = [*([pending] if pending else []), *([window] for window in windows)]
             pending = []
-        elif pending and row.document == document and encoder.fits([*pending, *windows]):
+        elif pending and documents[number] == document and encoder.fits([*pending, *windows]):
             pending += windows
         else:
             complete = [pending] if pending else []
             pending = list(windows)
-        document = row.document
-        if number == len(rows) - 1 and pending:
+        document = documents[number]
+        if number == len(documents) - 1 and pending:
             complete.append(pending)
         yield complete, len(windows)
 
@@ -206,7 +210,7 @@ class TaggedRows:
         return self._ids.info
 
     def words(self, row: LabelledRow) -> str:
-        return " ".join(words_of(row))
+        return " ".join(words_of(row, row.text, "text"))
 
     def encode(self, rows: list[LabelledRow], counts: RowCounts, is_training: bool) -> Iterator[list[Sample]]:
         spreads = is_training and self._task.label_all_tokens
@@ -217,8 +221,9 @@ class TaggedRows:
             counts.num_unknown_labels += sum(
                 not self._ids.is_known(self._ids.id_of(name)) for name in names[row.number]
             )
-        all_windows = self._encoder.windows([words_of(row) for row in rows], rows[0].number)
-        for complete, num_windows in group(rows, all_windows, self._encoder, self._task.context):
+        all_windows = self._encoder.windows([words_of(row, row.text, "text") for row in rows], rows[0].number)
+        documents = [row.document for row in rows]
+        for complete, num_windows in group(documents, all_windows, self._encoder, self._task.context):
             counts.num_divided_documents += num_windows > 1
             yield [self._sample(self._encoder.sample(windows), names, spreads) for windows in complete]
 
@@ -252,19 +257,15 @@ class TaggedRows:
         return inside if inside in self._ids.info.names else name
 
 
-def words_of(row: LabelledRow) -> list[str]:
-    return _list(row, row.text, "text")
-
-
 def _tags(row: LabelledRow) -> list[str]:
     """The labels of the words of a row. Raises InputError where they are not as many as the words."""
-    words, found = words_of(row), _list(row, row.label, "label")
+    words, found = words_of(row, row.text, "text"), words_of(row, row.label, "label")
     if len(words) != len(found):
         raise row.problem(f"the row has {len(words)} words and {len(found)} labels; each word needs one", "label")
     return found
 
 
-def _list(row: LabelledRow, value: Any, column: str) -> list[str]:
+def words_of(row: LabelledRow, value: Any, column: str) -> list[str]:
     """Words or labels: a list, or text that blanks divide."""
     if isinstance(value, str):
         return value.split()

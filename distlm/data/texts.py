@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from distlm.config.schema import TextClassificationTask
 from distlm.data.labels import LabelIds, LabelInfo, as_label, as_labels
@@ -28,7 +28,7 @@ class TextRows:
         self._labels_of_model = labels_of_model
         is_single = task.problem_type == "single_label_classification"
         self.label_type = pa.int32() if is_single else pa.float32()
-        self.has_token_types = "token_type_ids" in tokenizer.model_input_names
+        self.has_token_types = has_token_types(tokenizer)
         self._ids: LabelIds
 
     def learn(self, training_rows: Callable[[], Iterator[LabelledRow]]) -> LabelInfo:
@@ -39,19 +39,13 @@ class TextRows:
         return self._ids.info
 
     def words(self, row: LabelledRow) -> str:
-        text = _text(row, row.text, "text")
-        return text if row.columns.pair is None else f"{text}\n{_text(row, row.pair, 'text_pair')}"
+        text = text_of(row, row.text, "text")
+        return text if row.columns.pair is None else f"{text}\n{text_of(row, row.pair, 'text_pair')}"
 
     def encode(self, rows: list[LabelledRow], counts: RowCounts, is_training: bool) -> Iterator[list[Sample]]:
-        pairs = [_text(row, row.pair, "text_pair") for row in rows] if rows[0].columns.pair is not None else None
-        encoded = self._tokenizer(
-            [_text(row, row.text, "text") for row in rows],
-            pairs,
-            truncation=True,
-            max_length=self._max_seq_length,
-            return_attention_mask=False,
-            return_token_type_ids=self.has_token_types,
-        )
+        pairs = [text_of(row, row.pair, "text_pair") for row in rows] if rows[0].columns.pair is not None else None
+        texts = [text_of(row, row.text, "text") for row in rows]
+        encoded = encode_texts(self._tokenizer, self._max_seq_length, texts, pairs)
         for number, row in enumerate(rows):
             counts.num_truncated_documents += bool(encoded.encodings[number].overflowing)
             input_ids = encoded["input_ids"][number]
@@ -87,7 +81,26 @@ class TextRows:
         return [label]
 
 
-def _text(row: LabelledRow, value: Any, column: str) -> str:
+def has_token_types(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the model is told which text of a pair a token is of."""
+    return "token_type_ids" in tokenizer.model_input_names
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerFast, max_seq_length: int, texts: list[str], pairs: list[str] | None
+) -> BatchEncoding:
+    """input_ids, and token_type_ids where the model is given some, with special tokens and without padding."""
+    return tokenizer(
+        texts,
+        pairs,
+        truncation=True,
+        max_length=max_seq_length,
+        return_attention_mask=False,
+        return_token_type_ids=has_token_types(tokenizer),
+    )
+
+
+def text_of(row: LabelledRow, value: Any, column: str) -> str:
     """No text at all is an empty one; a number is written out."""
     if value is None:
         return ""

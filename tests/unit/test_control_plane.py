@@ -20,10 +20,18 @@ HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "n
 CONTROL_PLANE = [
     "causes.py", "cli.py", "commands", "completion.py", "console.py", "devices.py", "doctor", "errors.py",
     "leftovers.py", "metrics_file.py", "mlflow_store.py", "outcome.py", "processes.py", "redact.py", "run_folder.py",
-    "run_status.py", "stop_count.py", "temporary.py", "checkpoint", "config", "launchers", "verify_resume", "view",
+    "run_status.py", "stop_count.py", "table_arguments.py", "temporary.py",
+    "checkpoint", "config", "launchers", "verify_resume", "view",
     "data/sources.py", "data/rows.py", "data/readers.py", "data/tables.py", "data/lines.py", "data/python_docs.py",
 ]  # fmt: skip
-DATA_PLANE = ("distlm.controller", "distlm.worker", "distlm.tasks", "distlm.tracking", "distlm.data")
+DATA_PLANE = (
+    "distlm.controller",
+    "distlm.worker",
+    "distlm.tasks",
+    "distlm.tracking",
+    "distlm.inference",
+    "distlm.data",
+)
 
 
 def loaded_modules(*arguments: str) -> set[str]:
@@ -88,7 +96,7 @@ def test_the_control_plane_does_not_import_the_data_plane(path: Path) -> None:
 
 
 def test_workers_never_import_mlflow() -> None:
-    for folder in ("worker", "tasks", "data"):
+    for folder in ("worker", "tasks", "data", "inference"):
         for path in (ROOT / "distlm" / folder).glob("*.py"):
             assert not any(name.startswith("mlflow") for name in imports_of(path)), path
 

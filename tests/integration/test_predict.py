@@ -1,0 +1,353 @@
+"""`distlm predict` and `distlm evaluate` on runs of every task: what they write, and how they go on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from labelled_runs import LabelledRun, make_runs, reviews, sentences, write_conll, write_csv, write_jsonl
+from tiny_runs import make_base
+
+from distlm.errors import CheckpointError, ExitCode
+from distlm.inference import parts
+from distlm.run_folder import RunFolder
+from distlm.tasks.scores import tagging
+from distlm.tasks.tags import TagScheme
+from distlm.worker.trained_model import load_trained_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LabelledRun]:
+    return make_runs(tmp_path_factory.mktemp("labelled"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def distlm(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "distlm.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=environment(), **options,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def in_process(capsys: pytest.CaptureFixture[str], verb: str, run: RunFolder, *arguments: object) -> str:
+    """The output of a command that succeeds, in this process, which has imported everything."""
+    code, out, err = ended(capsys, verb, run, *arguments)
+    assert code == ExitCode.SUCCEEDED, err
+    return out
+
+
+def ended(capsys: pytest.CaptureFixture[str], verb: str, run: RunFolder, *arguments: object) -> tuple[int, str, str]:
+    from distlm.inference import evaluate, predict
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    capsys.readouterr()
+    try:
+        main = {"predict": predict.main, "evaluate": evaluate.main}[verb]
+        code = main([str(run.path), *map(str, arguments)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], verb: str, run: RunFolder, *arguments: object) -> str:
+    code, out, err = ended(capsys, verb, run, *arguments)
+    assert (code, out) == (ExitCode.BAD_INPUT, ""), err
+    return err.removeprefix("distlm: ").strip()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8", newline="") as file:
+        quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        return list(csv.DictReader(file, **quoting))
+
+
+def metrics_in_training(trained: LabelledRun, step: int) -> dict[str, float]:
+    (values,) = [
+        values
+        for at, values in trained.finished.reports
+        if at == step and any(key.startswith("eval/") for key in values)
+    ]
+    return {key.removeprefix("eval/"): value for key, value in values.items() if key.startswith("eval/")}
+
+
+# --- what is predicted -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["single", "pair", "multi", "regression", "words"])
+@pytest.mark.parametrize("step", [6, 12])
+def test_an_evaluation_gives_what_training_gave(
+    name: str, step: int, runs: dict[str, LabelledRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = runs[name]
+    text = in_process(capsys, "evaluate", trained.run, trained.validation, "--step", step, "--json")
+    found = json.loads(text)
+    expected = metrics_in_training(trained, step)
+    assert found["metrics"] == pytest.approx(expected, rel=1e-6)
+    assert (found["step"], found["num_rows"], found["unknown_labels"]) == (step, 40, {})
+
+
+@pytest.mark.parametrize("name", ["single", "pair"])
+def test_labels_and_scores(
+    name: str, runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = runs[name]
+    in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.jsonl", "--step", 6)
+    rows = rows_of(tmp_path / "p.jsonl")
+    right = [row["label"] == row["predicted_label"] for row in rows]
+    assert np.mean(right) == pytest.approx(metrics_in_training(trained, 6)["accuracy"])
+    assert all(0.5 <= row["score"] <= 1 for row in rows)
+    before = rows_of(trained.validation)
+    assert [{name: row[name] for name in before[0]} for row in rows] == before, "order, columns, ids that come twice"
+    assert list(rows[0]) == [*before[0], "predicted_label", "score"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "p.jsonl"]
+
+
+def test_several_labels(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = runs["multi"]
+    for name in ("p.jsonl", "p.csv", "p.parquet"):
+        in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / name)
+    rows = rows_of(tmp_path / "p.jsonl")
+    for row in rows:
+        assert set(row["scores"]) == {"good", "long"}
+        assert row["predicted_labels"] == [label for label, score in row["scores"].items() if score >= 0.5]
+    right = [sorted(row["labels"]) == sorted(row["predicted_labels"]) for row in rows]
+    assert np.mean(right) == pytest.approx(metrics_in_training(trained, 12)["accuracy"])
+    in_csv = rows_of(tmp_path / "p.csv")
+    assert [json.loads(row["predicted_labels"]) for row in in_csv] == [row["predicted_labels"] for row in rows]
+    assert pq.read_table(tmp_path / "p.parquet").to_pylist() == rows
+
+
+def test_numbers(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = runs["regression"]
+    in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.tsv")
+    rows = rows_of(tmp_path / "p.tsv")
+    errors = [float(row["prediction"]) - float(row["stars"]) for row in rows]
+    assert np.mean(np.square(errors)) == pytest.approx(metrics_in_training(trained, 12)["mse"], rel=1e-4)
+
+
+def test_labels_of_words(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = runs["words"]
+    for name in ("p.jsonl", "p.conll", "p.csv"):
+        in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / name)
+    rows = rows_of(tmp_path / "p.jsonl")
+    found = tagging([row["label"] for row in rows], [row["labels"] for row in rows], TagScheme.IOB2)
+    expected = metrics_in_training(trained, 12)
+    assert found.metrics == pytest.approx({key: value for key, value in expected.items() if key != "loss"})
+    sentences_ = (tmp_path / "p.conll").read_text().split("\n\n")[:-1]
+    fields = [[line.split("\t") for line in sentence.splitlines()] for sentence in sentences_]
+    assert [[word[0] for word in sentence] for sentence in fields] == [row["text"] for row in rows]
+    assert [[word[-1] for word in sentence] for sentence in fields] == [row["labels"] for row in rows]
+    assert {len(word) for sentence in fields for word in sentence} == {4}, "columns of the input, and the label"
+    assert [row["labels"].split() for row in rows_of(tmp_path / "p.csv")] == [row["labels"] for row in rows]
+
+
+# --- strange input ---------------------------------------------------------------------------------------------------
+
+
+def test_quotes_line_ends_and_empty_texts(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ['He said "great",\nand left', "", "  ", "line\r\nend", "great " * 10_000, "\u2028 ü 漢字", "ends in a \\"]
+    data = write_csv(tmp_path / "in.csv", [{"id": 7, "text": text, "label": "", "stars": ","} for text in texts])
+    in_process(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "p.csv")
+    rows = rows_of(tmp_path / "p.csv")
+    assert [row["text"] for row in rows] == texts
+    assert {row["predicted_label"] for row in rows} <= {"pos", "neg"} and {row["stars"] for row in rows} == {","}
+    refused = refusal(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "p.tsv")
+    assert refused.startswith(f"{data}:2: the row holds a tab or a line end")
+    again = in_process(capsys, "evaluate", runs["single"].run, tmp_path / "p.csv", "--label-column", "predicted_label")
+    assert ["accuracy", "1"] in [line.split() for line in again.splitlines()], "what is written can be read"
+
+
+def test_texts_of_many_words_and_of_none(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for sentence, _ in sentences(1500, 3) for word in sentence][:10_000]
+    texts: list[Any] = [words, [], "Ann met Bo", None, ["", "\u200b", "x" * 500], ["Ann"]]
+    data = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    in_process(capsys, "predict", runs["words"].run, data, "--out", tmp_path / "p.jsonl")
+    labels = [row["labels"] for row in rows_of(tmp_path / "p.jsonl")]
+    assert [len(found) for found in labels] == [10_000, 0, 3, 0, 3, 1]
+    assert all(label for found in labels for label in found), "no word is lost"
+    # Sentences inside a long text are labelled as they are alone, but near the edges of the windows.
+    short = write_conll(tmp_path / "one.conll", sentences(1, 3))
+    in_process(capsys, "predict", runs["words"].run, short, "--out", tmp_path / "one.jsonl")
+    assert len(rows_of(tmp_path / "one.jsonl")[0]["labels"]) == 7
+
+
+def test_columns_of_other_names(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("The film was great\n\nThe film was dull\n")
+    in_process(capsys, "predict", runs["single"].run, tmp_path / "in.txt", "--out", tmp_path / "a.jsonl")
+    assert [row["text"] for row in rows_of(tmp_path / "a.jsonl")] == ["The film was great", "The film was dull"]
+    (tmp_path / "in.csv").write_text("1;The film was great\n2;The film was dull\n")
+    layout = ["--delimiter", ";", "--column-names", "n,review", "--text-column", "review"]
+    in_process(capsys, "predict", runs["single"].run, tmp_path / "in.csv", "--out", tmp_path / "b.jsonl", *layout)
+    both = [rows_of(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    assert [row["score"] for row in both[0]] == [row["score"] for row in both[1]]
+    assert list(both[1][0]) == ["n", "review", "label", "score"]
+    rows = [{"text": "a", "label": 1, "predicted_label": 2}, {"text": "b", "extra": {"x": [1]}}]
+    data = write_jsonl(tmp_path / "in.jsonl", rows)
+    in_process(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "c.jsonl")
+    found = rows_of(tmp_path / "c.jsonl")
+    assert [{key: row[key] for key in before} for row, before in zip(found, rows, strict=True)] == rows
+    assert all("predicted_predicted_label" in row for row in found)
+
+
+def test_bad_rows_are_named(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = runs["single"].run, ["--out", tmp_path / "p.jsonl"]
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"txt": "b"}])
+    refused = refusal(capsys, "predict", run, data, *out)
+    assert refused.startswith(f"{data}:2: --text-column: no column 'text'; the columns are 'txt'")
+    data = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": ["b"]}])
+    assert refusal(capsys, "predict", run, data, *out).startswith(f"{data}:2: --text-column: the row holds a list")
+    (tmp_path / "c.csv").write_text("id,text\n1,a\n2,b,c\n")
+    assert refusal(capsys, "predict", run, tmp_path / "c.csv", *out).startswith(
+        f"{tmp_path / 'c.csv'}:3: the row has 3"
+    )
+    assert "no such file" in refusal(capsys, "predict", run, tmp_path / "d.csv", *out)
+    refused = refusal(capsys, "predict", run, tmp_path / "c.csv", "--out", tmp_path / "p.xlsx")
+    assert "use one of .jsonl, .csv, .tsv, .parquet" in refused
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_gone_on(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
+    trained = runs["single"]
+    data = write_csv(tmp_path / "in.csv", reviews(9000, 5))
+    done = distlm("predict", trained.run.path, data, "--out", tmp_path / "whole.csv")
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "p.csv"
+    command = [sys.executable, "-m", "distlm.cli", "predict", trained.run.path, data, "--out", output]
+    with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "p.csv.parts" / "part-000001.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+    assert not output.exists()
+    first = tmp_path / "p.csv.parts" / "part-000000.jsonl"
+    written_ns = first.stat().st_mtime_ns
+    left = shutil.copytree(tmp_path / "p.csv.parts", tmp_path / "q.csv.parts")
+
+    done = distlm("predict", trained.run.path, data, "--out", output)
+    assert done.returncode == 0 and "going on: " in done.stderr, done.stderr
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "p.csv.parts").exists()
+
+    # Of another step, the parts are no use.
+    assert (left / first.name).stat().st_mtime_ns == written_ns
+    done = distlm("predict", trained.run.path, data, "--out", tmp_path / "q.csv", "--step", "6")
+    assert done.returncode == 0 and "beginning anew" in done.stderr and "step 6 of" in done.stdout
+    assert (tmp_path / "q.csv").read_bytes() != output.read_bytes()
+    done = distlm("predict", trained.run.path, data, "--out", output)
+    assert done.returncode == ExitCode.BAD_INPUT and "exists; remove it" in done.stderr
+
+
+def test_two_workers(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
+    trained = runs["words"]
+    data = write_conll(tmp_path / "in.conll", sentences(3 * parts.ROWS_PER_PART - 1000, 4))
+    for name, workers in (("one.conll", 1), ("two.conll", 2)):
+        done = distlm("predict", trained.run.path, data, "--out", tmp_path / name, "--workers", workers)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "two.conll").read_bytes() == (tmp_path / "one.conll").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.conll", "one.conll", "two.conll"]
+
+
+def test_parts_of_others_are_left_alone(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = runs["single"]
+    (tmp_path / "p.csv.parts").mkdir()
+    refused = refusal(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.csv")
+    assert "p.csv.parts is in the way" in refused
+    (tmp_path / "p.csv.parts").rmdir()
+    with parts.Parts.beside(tmp_path / "p.csv").locked():
+        refused = refusal(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.csv")
+    assert "another process is predicting into" in refused
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_training_did_not_have(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = reviews(30, 9)
+    for row in rows[:3]:
+        row["label"] = "neutral"
+    files = [write_csv(tmp_path / "a.csv", rows[:15]), write_csv(tmp_path / "b.csv", rows[15:])]
+    text = in_process(capsys, "evaluate", runs["single"].run, *files, "--out", tmp_path / "tables")
+    assert "on 30 rows of" in text and text.count("\n") > 8
+    assert "labels that training did not have, which count as wrong: neutral (3)" in text
+    assert "neutral" in (tmp_path / "tables" / "per_label.csv").read_text()
+    found = json.loads(in_process(capsys, "evaluate", runs["single"].run, *files, "--json"))
+    assert found["unknown_labels"] == {"neutral": 3} and found["metrics"]["accuracy"] <= 0.9
+    rows[0]["labels"] = ["good", "new"]
+    data = write_jsonl(tmp_path / "c.jsonl", rows)
+    found = json.loads(in_process(capsys, "evaluate", runs["multi"].run, data, "--json"))
+    assert found["unknown_labels"] == {"new": 1}
+
+
+def test_tags_in_another_scheme(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = sentences(20, 8)
+    bioes = [(words, [tag.replace("B-", "S-") for tag in tags]) for words, tags in rows]
+    found = [
+        json.loads(in_process(capsys, "evaluate", runs["words"].run, write_conll(tmp_path / name, some), "--json"))
+        for name, some in (("iob2.conll", rows), ("bioes.conll", bioes))
+    ]
+    assert found[0]["metrics"] == found[1]["metrics"] and found[1]["unknown_labels"] == {}
+    strange = write_conll(tmp_path / "pos.conll", [(["Ann"], ["NNP"])])
+    assert "the data has others: 'NNP'" in refusal(capsys, "evaluate", runs["words"].run, strange)
+
+
+def test_runs_that_cannot_be_used(
+    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_base(tmp_path / "masked")
+    base.run.run_yaml.write_text("task: {type: masked-lm}\n")
+    for verb in ("predict", "evaluate"):
+        arguments = ["--out", tmp_path / "p.jsonl"] if verb == "predict" else []
+        refused = refusal(capsys, verb, base.run, runs["single"].validation, *arguments)
+        assert "trains masked-lm" in refused and "fill-mask" in refused
+    refused = refusal(capsys, "evaluate", runs["single"].run, runs["single"].validation, "--step", 7)
+    assert refused == "run single has no checkpoint of step 7; it has 6, 12"
+
+
+def test_a_checkpoint_of_another_model(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
+    shutil.copytree(runs["single"].run.path, tmp_path / "single")
+    shutil.rmtree(tmp_path / "single" / "init" / "model")
+    shutil.copytree(runs["multi"].run.init / "model", tmp_path / "single" / "init" / "model")
+    model, tokenizer, step = load_trained_model(RunFolder(tmp_path / "single"), "last")  # the shapes are the same
+    assert step == 12 and len(tokenizer) and not model.training
+    shutil.rmtree(tmp_path / "single" / "init" / "model")
+    shutil.copytree(runs["regression"].run.init / "model", tmp_path / "single" / "init" / "model")
+    with pytest.raises(CheckpointError, match=r"classifier.* has the shape \[2"):
+        load_trained_model(RunFolder(tmp_path / "single"), "last")
