@@ -30,6 +30,7 @@ from distlm.data.readers import Piece
 from distlm.data.row_encoder import LabelledRow
 from distlm.data.rows import document_column, text_columns
 from distlm.data.sources import UndecodableCount, files_of
+from distlm.data.tables import DOCSTART
 from distlm.data.tagged import words_of
 from distlm.data.texts import text_of
 from distlm.errors import DistlmError, ExitCode, InfrastructureError, InputError, Problem
@@ -130,7 +131,7 @@ def _begin(parts: Parts, rows: WholeRows, output: Path, settings: RunSettings) -
         for number, row in enumerate(rows):
             undecodable.add(Piece("", True, row.undecodable_at))
             if rows.columns is None:
-                names.update(dict.fromkeys(row.values))
+                names.update(dict.fromkeys(name for name in row.values if name != DOCSTART))
             labelled = LabelledRow(row, where, number)
             if has_words:
                 document = str(labelled.document) if has_documents else None

@@ -17,8 +17,8 @@ class WholeRows:
     """The rows of one file; every iteration begins anew."""
 
     def __init__(self, source: FilesSource, required: Sequence[str]) -> None:
-        """`source` has one path; `required` are the columns that each row must have, `DOCSTART` perhaps among them. Raises InputError if the first row
-        cannot be read."""
+        """`source` has one path; `required` are the columns that each row must have, `DOCSTART` perhaps among them.
+        Raises InputError if the first row cannot be read."""
         self.source, self._required = source, list(required)
         (path,) = source.paths
         self.path = Path(path)
@@ -51,4 +51,4 @@ class WholeRows:
         with Lines(self._file()) as lines:
             records: Iterator[dict[str, Any]] = (json.loads(line) for line in lines if line.strip())
             for row, record in zip(read_rows(self.source, self._required), records, strict=True):
-                yield row._replace(values=row.values | record)
+                yield row._replace(values=record | {n: v for n, v in row.values.items() if n not in record})
