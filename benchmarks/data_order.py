@@ -3,9 +3,10 @@
     python benchmarks/data_order.py [--samples 1000000000000] [--workers 4096] [--micro-batch 32] [--repeat 50]
 
 For data sets of 10^6 samples and more, and for a mixture of two weighted sources: microseconds that a worker needs to
-find the samples of a micro batch, at the start and after ten epochs, and the bytes that it holds for that. Then checks
-on a whole epoch of a smaller data set that the workers' samples are disjoint and complete. Goals: time and memory do
-not grow with the samples; every sample exactly once per epoch.
+find the samples of a micro batch, at the start and after ten epochs, and the bytes that it holds for that. Then the
+same for a step of 32 micro batches whose samples are grouped by length: for the first step of a window, which sorts it,
+and for those after it. Then checks on a whole epoch of a smaller data set that the workers' samples are disjoint and
+complete. Goals: time and memory do not grow with the samples; every sample exactly once per epoch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import tracemalloc
 
 import numpy as np
 
+from distlm.config.resolve import BatchPlan
+from distlm.data.batches import BATCHES_PER_WINDOW, StepOrder
 from distlm.data.order import SampleOrder
 
 _EPOCH_OF_CHECK = 1_000_003
@@ -38,6 +41,22 @@ def peak_bytes(order: SampleOrder, first: int, count: int) -> int:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
+
+
+def microseconds_by_length(size: int, plan: BatchPlan, repeat: int) -> tuple[float, float]:
+    """Medians for the first step of a window and for the others, in the eleventh epoch. The lengths, which a worker
+    holds in 4 bytes a sample, are all the same here, so that they take no memory."""
+    lengths = np.broadcast_to(np.int32(20), size)
+    steps = StepOrder(SampleOrder([size], None, seed=42), plan, lengths, True, 20 * plan.micro_batch, seed=42)
+    first_of_epoch = -(-10 * size // plan.global_batch) + 1
+    times = []
+    for step in range(first_of_epoch, first_of_epoch + max(2, repeat // 10) * BATCHES_PER_WINDOW):
+        started = time.perf_counter()
+        steps.step(step)
+        times.append(time.perf_counter() - started)
+    firsts = times[::BATCHES_PER_WINDOW]
+    others = [seconds for number, seconds in enumerate(times) if number % BATCHES_PER_WINDOW]
+    return statistics.median(firsts) * 1e6, statistics.median(others) * 1e6
 
 
 def check_epoch(num_workers: int, micro_batch: int) -> None:
@@ -72,6 +91,10 @@ def main() -> None:
         at_start, at_end = (microseconds(order, first, options.micro_batch, options.repeat) for first in (0, later))
         held = peak_bytes(order, later, options.micro_batch)
         print(f"{name:48s} {at_start:7.0f} us at the start {at_end:7.0f} us after 10.5 epochs {held:9,d} bytes")
+    plan = BatchPlan(32 * options.micro_batch, options.micro_batch, 1)
+    for size in sizes:
+        first, other = microseconds_by_length(size, plan, options.repeat)
+        print(f"{f'{size:,} samples, by length':48s} {first:7.0f} us for the first step of a window {other:5.0f} us")
     check_epoch(options.workers, options.micro_batch)
     print(
         f"{options.workers:,} workers x {options.micro_batch} samples: each of {_EPOCH_OF_CHECK:,} samples exactly "

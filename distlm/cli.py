@@ -71,7 +71,8 @@ one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
   distlm checkpoints last --verify""",
     "export": """
   distlm export last my-model
-  distlm export last my-model --step best""",
+  distlm export last my-model --step best
+  distlm export last my-model --merge""",
     "predict": """
   distlm predict last reviews.csv --out predicted.csv
   distlm predict last texts.jsonl --out labels.parquet --step best --workers 4""",
@@ -256,11 +257,15 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a checkpoint as a Hugging Face folder",
         description="Write the weights of a checkpoint (fp32), its config, tokenizer and model card into a new folder "
-        "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model.",
+        "that from_pretrained loads. Needs a few hundred MB of memory, whatever the size of the model; of an adapter, "
+        "as much as the model.",
     )
     _add_run(export)
     export.add_argument("dir", type=Path, metavar="DIR", help="folder to make; must not exist, or be empty")
     _add_step(export)
+    export.add_argument(
+        "--merge", action="store_true", help="of an adapter: write the model with the adapter merged into it"
+    )
     _add_runs_dir(export)
     export.set_defaults(verb=_later("checkpoints", "export"))
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distlm.errors import CheckpointError, UnknownFormatError
 
+METHOD_STATE_NAME = "method-state.safetensors"
 FORMAT_VERSION = 2
 """Raised with every change that older code would misread. 1 listed each kind's ranges by parameter name."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -55,6 +56,13 @@ class Shard(_Part):
     size_bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     fragments: list[Fragment]
+
+
+class StateFile(_Part):
+    """A file with what a training method keeps besides weights and moments, as its writer saw it."""
+
+    size_bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Progress(_Part):
@@ -100,6 +108,8 @@ class Manifest(_Part):
     parameters: list[Parameter]
     optimizer: Optimizer
     shards: dict[Annotated[str, Field(pattern=_SHARD_NAME)], Shard]
+    method_state: StateFile | None = None
+    """What the training method keeps, such as AdaLoRA's importance of each rank; most keep nothing."""
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -108,8 +118,9 @@ class Manifest(_Part):
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards."""
-        return sum(shard.size_bytes for shard in self.shards.values())
+        """Of all files but the manifest."""
+        others = self.method_state.size_bytes if self.method_state else 0
+        return sum(shard.size_bytes for shard in self.shards.values()) + others
 
     def to_json(self) -> str:
         content = self.model_dump(mode="json")

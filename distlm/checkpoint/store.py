@@ -25,7 +25,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distlm.checkpoint.manifest import Fragment, Manifest, Parameter, Shard, shard_tensors
+from distlm.checkpoint.manifest import (
+    METHOD_STATE_NAME,
+    Fragment,
+    Manifest,
+    Parameter,
+    Shard,
+    StateFile,
+    shard_tensors,
+)
 from distlm.checkpoint.tensor_file import (
     TensorFile,
     file_sha256,
@@ -114,7 +122,10 @@ class CheckpointStore:
             CheckpointError: with what is missing, torn or altered.
         """
         manifest = self.manifest(checkpoint)
-        for name, shard in manifest.shards.items():
+        files: dict[str, Shard | StateFile] = {**manifest.shards}
+        if manifest.method_state is not None:
+            files[METHOD_STATE_NAME] = manifest.method_state
+        for name, shard in files.items():
             path = checkpoint.path / name
             size_bytes = require_regular_file(path, follow_links=False)  # nobody knows who deletes a link's target
             if size_bytes != shard.size_bytes:
@@ -134,12 +145,10 @@ class CheckpointStore:
             held = [(tensor, (info.dtype, info.shape)) for tensor, info in TensorFile(path).tensors.items()]
             if held != list(shard_tensors(manifest.parameters, shard.fragments).items()):
                 raise CheckpointError(f"{path} does not hold the tensors that the manifest says")
-            try:
-                if file_sha256(path) != shard.sha256:
-                    raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
-            except OSError as error:
-                raise read_error(path, error) from error
+            _require_sha256(path, shard.sha256)
 
+        if manifest.method_state is not None:
+            _require_sha256(checkpoint.path / METHOD_STATE_NAME, manifest.method_state.sha256)
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing and reading let other threads run
             for _ in pool.map(verify_shard, manifest.shards):
                 pass
@@ -351,3 +360,11 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _require_sha256(path: Path, expected: str) -> None:
+    try:
+        if file_sha256(path) != expected:
+            raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
+    except OSError as error:
+        raise read_error(path, error) from error

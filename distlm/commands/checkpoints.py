@@ -34,4 +34,5 @@ def checkpoints(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
-    continue_in("distlm.worker.export", f"--step={options.step}", "--", run.path, options.dir)
+    merge = ["--merge"] if options.merge else []
+    continue_in("distlm.worker.export", f"--step={options.step}", *merge, "--", run.path, options.dir)

@@ -25,6 +25,7 @@ from distlm.launchers.local import LocalLauncher, end_abandoned, require_package
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json
+from distlm.run_reference import pin_references
 from distlm.run_status import run_status
 from distlm.stop_count import signals_held
 from distlm.view import Event, View, make_event
@@ -45,6 +46,7 @@ def submit(options: argparse.Namespace) -> int:
     elif options.runs_dir:
         raise InputError(f"--runs-dir is for run:RUN; for the folder of a new run: runs_dir={options.runs_dir}")
     loaded = equal.loaded if equal else load_config(options.config, options.overrides, launcher.check)
+    loaded = pin_references(loaded)
     run = RunFolder(Path(loaded.config.runs_dir).absolute() / new_run_id())
     if options.dry_run:
         say(dump_yaml(resolved_tree(loaded.config, loaded.raw)), end="")

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from typing_extensions import TypeIs
 
 from distlm.config.metrics import METRICS
-from distlm.config.schema import RunConfig
+from distlm.config.schema import RunConfig, Task
 from distlm.errors import Problem
 
 MAY_CHANGE_ON_RESUME = (
@@ -236,6 +236,8 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "flash_attention_2 computes in bf16 or fp16, not in fp32; set training.mixed_precision",
             "model.attn_implementation",
         )
+    if config.model.quantization is not None and on_cpu:
+        yield Problem("needs GPUs and bitsandbytes, and the workers run on CPUs; leave it out", "model.quantization")
     if resources.device == "cuda" and gpu_count == 0:
         yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
     elif not on_cpu and gpu_count and resources.num_workers > gpu_count:
@@ -304,6 +306,11 @@ def _task(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(
                     f"no label of task.labels; {nearest_name(name, task.labels)}", f"task.class_weights.{name}"
                 )
+    for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for number, source in enumerate(sources):
+            if source.document_column is not None and not looks_at_documents(task):
+                message = "has a meaning only with task.context: document (token-classification); leave it out"
+                yield Problem(message, f"data.{split}.{number}.document_column")
     if task.type == "text-classification":
         if task.label_separator is not None and task.problem_type != "multi_label_classification":
             yield Problem("is for problem_type multi_label_classification only", "task.label_separator")
@@ -318,6 +325,11 @@ def _task(config: RunConfig) -> Iterator[Problem]:
 def problem_kind(config: RunConfig) -> str:
     """What the metrics of a run are those of: the task, or of a classification of texts the type of problem."""
     return config.task.problem_type if config.task.type == "text-classification" else config.task.type
+
+
+def looks_at_documents(task: Task) -> bool:
+    """Whether it matters which document a row of the data belongs to."""
+    return task.type == "token-classification" and task.context == "document"
 
 
 def has_adapter(config: RunConfig) -> bool:
@@ -346,8 +358,6 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
         if config.deepspeed.zero_stage == 3:
             message = "weights in few bits cannot be sharded; set deepspeed.zero_stage to 0, 1 or 2"
             yield Problem(message, "model.quantization")
-        if config.resources.device == "cpu":
-            yield Problem("needs GPUs, and the workers run on CPUs", "model.quantization")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
@@ -380,7 +390,7 @@ def _no_labels(config: RunConfig) -> Iterator[Problem]:
     for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for number, source in enumerate(sources):
             key = f"data.{split}.{number}"
-            for name in ("label_column", "text_pair_column"):
+            for name in ("label_column", "text_pair_column", "document_column"):
                 if getattr(source, name) is not None:
                     message = f"has no meaning for the task {config.task.type}, which reads text alone; leave it out"
                     yield Problem(message, f"{key}.{name}")

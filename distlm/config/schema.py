@@ -102,6 +102,13 @@ class TokenClassificationTask(Section):
     label_all_tokens: bool = False
     """Train all tokens of a word on its label (of B-PER, the further ones on I-PER); false: the first one only. What is
     predicted for a word is always what is predicted for its first token."""
+    context: Literal["row", "document"] = "row"
+    """What a word is seen with. row: the words of its row. document: as many consecutive rows of its document as fit
+    into a sample (see `document_column`), each ended by a separator."""
+    case_feature: bool = False
+    """Tell the model, as token types, whether a word is lower, Title, UPPER or miXed case or has digits: what an
+    uncased tokenizer drops. Needs a model with token types (BERT and its kin), whose table is enlarged and trained;
+    predictions then need the types, too (`distlm predict` makes them)."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
     """Weight of each label in the loss, by its name, 1 for those not named; balanced: in inverse proportion to how
     often a label is in the training data (as in scikit-learn). null: all the same."""
@@ -182,6 +189,9 @@ class LabelledSource(SourceSettings):
     """Column that holds a second text, for tasks on pairs; null: there is none. For tasks with labels only."""
     label_column: NonEmptyStr | None = None
     """Column that holds the label, or the list of labels; null: `label`. For tasks with labels only."""
+    document_column: NonEmptyStr | None = None
+    """Column that is the same in consecutive rows of one document, for `context: document`; null: of .conll, the
+    -DOCSTART- lines tell; of others, all rows of the source are one document."""
 
 
 class FilesSource(LabelledSource):

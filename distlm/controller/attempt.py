@@ -131,6 +131,7 @@ class AttemptController:
         """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
         preflight.check_capacity(self.config, cluster)
+        preflight.check_quantization(self.config, cluster.device)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
         self._phases.append(phase_ended("preflight", 1))
@@ -152,6 +153,9 @@ class AttemptController:
                 "warning: this model's head cannot compute masked positions alone, and computes all "
                 "(task.masked_only_head)"
             )
+        if prepared.drawn_weights:
+            names = ", ".join(sorted({name.rpartition(".")[0] for name in prepared.drawn_weights}))
+            self.progress.say(f"model: the pretrained model has no {names} for this task; new weights are drawn")
         for source in prepared.train_mixture if len(prepared.train_mixture) > 1 else []:
             self.progress.say(
                 f"data: {source['name']}: {source['share']:.1%} of the samples, "
@@ -160,6 +164,7 @@ class AttemptController:
         self.progress.say(
             f"data: {prepared.data_info['train']['num_tokens']:,} tokens in {prepared.num_train_samples:,} samples"
             f"{' (from the cache)' if prepared.data_was_cached else ''}; model: {prepared.num_parameters:,} parameters"
+            f"{_trained_share(prepared)}"
         )
         CheckpointStore(self.run.checkpoints).clean()  # what a killed save left takes room
         preflight.check_free_space(self.config, self.run, prepared.num_parameters)
@@ -443,6 +448,11 @@ class AttemptController:
             return self._tracker
 
         return connect_to_mlflow
+
+
+def _trained_share(prepared: Prepared) -> str:
+    trained, total = prepared.num_trainable_parameters, prepared.num_parameters
+    return f", of which {trained:,} ({trained / total:.2%}) are trained" if trained < total else ""
 
 
 def checkpoint_to_continue(run: RunFolder, progress: Progress) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import shutil
 from pathlib import Path
@@ -31,6 +32,17 @@ def check_capacity(config: RunConfig, cluster: Cluster) -> None:
                 str(config.resources.num_workers),
             )
         )
+
+
+def check_quantization(config: RunConfig, device: str) -> None:
+    """Raise InputError if the base of an adapter cannot be loaded in few bits here."""
+    key = "model.quantization"
+    if config.model.quantization is None:
+        return
+    if device != "cuda":
+        raise InputError(Problem("needs GPUs, and the workers run on CPUs; leave it out", key))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(Problem("needs the package bitsandbytes: pip install bitsandbytes", key))
 
 
 def check_storage(config: RunConfig, run: RunFolder) -> None:

@@ -21,6 +21,7 @@ from distlm.data.parallel import Chunk, Entry
 from distlm.data.readers import MAX_PIECE_CHARACTERS, Piece
 from distlm.data.sources import (
     LocalSource,
+    LocalTable,
     Source,
     SourceReader,
     UndecodableCount,
@@ -54,32 +55,55 @@ class SourceCounts:
     """FILE:LINE of the first such bytes."""
 
 
-class CorpusSource:
+class ReadSource:
     """One source of the config, ready to be read: a `datasets` source has been copied to files by then."""
 
     def __init__(
-        self, key: str, source: Source, local: LocalSource, identity: list[Any] | None = None, **facts: Any
+        self,
+        key: str,
+        source: Source,
+        local: LocalTable,
+        settings: dict[str, Any],
+        identity: list[Any] | None,
+        rows: bool = False,
     ) -> None:
-        """`identity` tells the content from other content; None: files with sizes and times of change do. `facts` are
-        told beside the settings."""
+        """`identity` tells the content from other content; None: files with sizes and times of change do, and
+        `settings`, which decide what is read of them. `rows`: the files are read as rows, not as documents."""
         self.key = key
         self.name = source_name(source)
-        self.settings = settings_of(source) | facts
+        self.settings = settings
         self._local = local
-        self._files = files_of(local)
+        self._is_of_rows = rows
+        self._files = files_of(local, rows)
         self.size = {
             "num_files": len(self._files),
             "num_file_bytes": sum(status(file).st_size for file in self._files),
         }
         self._is_fixed = identity is not None
-        self.identity = identity or [self.settings, file_states(self._files)]
-        self._docstrings: list[Piece] | None = None
-        self.rewind()
+        self.identity = identity or [self.settings, _states(self._files)]
 
     def check_unchanged(self) -> None:
         """Raises InputError if a file changed since this object was made: its text would go under a wrong name."""
-        if not self._is_fixed and self.identity[1] != file_states(files_of(self._local)):
+        if not self._is_fixed and self.identity[1] != _states(files_of(self._local, self._is_of_rows)):
             raise InputError("a file of the data changed while it was read; try again when nothing writes to it")
+
+    def _refuse(self, undecodable: UndecodableCount) -> None:
+        if self._local.source != "python-docs" and (problems := undecodable.problems(self._local.encoding)):
+            raise InputError(*(replace(problem, key=f"{self.key}.encoding") for problem in problems))
+
+
+class CorpusSource(ReadSource):
+    """The documents of a source."""
+
+    _local: LocalSource
+
+    def __init__(
+        self, key: str, source: Source, local: LocalSource, identity: list[Any] | None = None, **facts: Any
+    ) -> None:
+        """`identity`: see `ReadSource`. `facts` are told beside the settings."""
+        super().__init__(key, source, local, what_is_read(source) | facts, identity)
+        self._docstrings: list[Piece] | None = None
+        self.rewind()
 
     def rewind(self) -> None:
         """Nothing of it counts as read."""
@@ -127,17 +151,13 @@ class CorpusSource:
                     self._refuse(undecodable)
         self._refuse(undecodable)
 
-    def _refuse(self, undecodable: UndecodableCount) -> None:
-        if self._local.source == "files" and (problems := undecodable.problems(self._local.encoding)):
-            raise InputError(*(replace(problem, key=f"{self.key}.encoding") for problem in problems))
 
-
-def file_states(files: Iterable[Path]) -> list[list[Any]]:
+def _states(files: Iterable[Path]) -> list[list[Any]]:
     """Path, size and time of change of each."""
     return [[str(file.absolute()), (found := status(file)).st_size, found.st_mtime_ns] for file in files]
 
 
-def settings_of(source: Source) -> dict[str, Any]:
+def what_is_read(source: Source) -> dict[str, Any]:
     """What decides which text the source gives: all but its weight. Of URLs without what may be secret."""
     names: dict[str, Sequence[str]] = {
         "files": ("paths", "text_column", "encoding", "encoding_errors"),

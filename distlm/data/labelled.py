@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from distlm.config.resolve import looks_at_documents
 from distlm.config.schema import DataConfig, TextClassificationTask, TokenClassificationTask
 from distlm.data.blocks import blocks_path
 from distlm.data.cache import fingerprint, make_folder
@@ -26,8 +27,9 @@ from distlm.data.labels import LabelInfo
 from distlm.data.notes import PreparationProgress, Report
 from distlm.data.parallel import Totals
 from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer
-from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
-from distlm.data.row_source import RowSource
+from distlm.data.row_encoder import Columns, LabelledRow, RowCounts, RowEncoder
+from distlm.data.row_source import LabelledSource, open_labelled
+from distlm.data.rows import document_column, label_column, labelled_columns, text_columns
 from distlm.data.samples import SampleWriter, sample_schema
 from distlm.data.sources import Source
 from distlm.data.tagged import TaggedRows
@@ -38,7 +40,8 @@ from distlm.run_folder import read_json, write_json
 
 FORMAT_VERSION = 1
 """Of the samples; another one means other samples."""
-_ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1024
+"""Rows that are encoded together: documents as context end where these end."""
 
 LabelledTask = TextClassificationTask | TokenClassificationTask
 
@@ -47,25 +50,29 @@ def prepare_labelled(
     data: DataConfig,
     task: LabelledTask,
     tokenizer_name_or_path: str,
+    labels_of_model: Sequence[str],
     cache: Path,
     report: Report = lambda progress: None,
     commits: Mapping[str, str] | None = None,
 ) -> PreparedData:
-    """Read, check and encode all rows, unless the cache has them; the arguments are those of `prepare_data`.
+    """Read, check and encode all rows, unless the cache has them. `labels_of_model` are those that a pretrained model
+    knows, by their ids; the other arguments are those of `prepare_data`.
 
     Raises InputError where a source, the tokenizer, a row or a label is bad.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    sources = _Sources(data, cache, report, commits or {})
+    sources = _Sources(data, looks_at_documents(task), cache, report, commits or {})
     tokenizer, tokenizer_path = existing_tokenizer(tokenizer_name_or_path, cache, needs_mask=False)
     digest = tokenizer_digest(tokenizer)
     told = task.model_dump(exclude={"class_weights", "label_smoothing_factor"})  # these are no matter of the samples
-    folder_name = fingerprint("labelled", FORMAT_VERSION, sources.identity, data.max_seq_length, digest, told)
+    folder_name = fingerprint(
+        "labelled", FORMAT_VERSION, sources.identity, data.max_seq_length, digest, told, list(labels_of_model)
+    )
 
     def write(folder: Path) -> None:
         if (folder / INFO).exists():  # whoever made this was killed just before it was renamed
             return
-        encoder = make_encoder(task, tokenizer, data.max_seq_length)
+        encoder = make_encoder(task, tokenizer, data.max_seq_length, labels_of_model)
         info = _Preparation(sources, encoder, folder, report).info(folder_name, digest, len(tokenizer), data)
         for source in sources.all:
             source.check_unchanged()
@@ -84,25 +91,41 @@ def prepare_labelled(
     )
 
 
-def make_encoder(task: LabelledTask, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> RowEncoder:
+def make_encoder(
+    task: LabelledTask,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_length: int,
+    labels_of_model: Sequence[str] = (),
+) -> RowEncoder:
     if task.type == "token-classification":
-        return TaggedRows(task, tokenizer, max_seq_length)
-    return TextRows(task, tokenizer, max_seq_length)
+        return TaggedRows(task, tokenizer, max_seq_length, labels_of_model)
+    return TextRows(task, tokenizer, max_seq_length, labels_of_model)
 
 
 class _Sources:
     """The training and the validation sources of a run."""
 
-    def __init__(self, data: DataConfig, cache: Path, report: Report, commits: Mapping[str, str]) -> None:
-        def opened(split: str, sources: Sequence[Source]) -> list[RowSource]:
-            return [_open(f"data.{split}.{number}", source, cache, report, commits)
-                    for number, source in enumerate(sources)]  # fmt: skip
+    def __init__(
+        self, data: DataConfig, has_documents: bool, cache: Path, report: Report, commits: Mapping[str, str]
+    ) -> None:
+        """`has_documents`: the task looks at which documents rows belong to."""
+
+        def opened(split: str, sources: Sequence[Source]) -> list[LabelledSource]:
+            keys = [f"data.{split}.{number}" for number in range(len(sources))]
+            return [
+                open_labelled(key, source, labelled_columns(source, has_documents), cache, report, commits.get(key))
+                for key, source in zip(keys, sources, strict=True)
+            ]
 
         self.train, self.validation = opened("train", data.train), opened("validation", data.validation)
+        self.columns = [
+            columns_of(source, opened_source.key, has_documents)
+            for source, opened_source in zip([*data.train, *data.validation], self.all, strict=True)
+        ]
         self.fraction = 0.0 if data.validation else data.validation_fraction
 
     @property
-    def all(self) -> list[RowSource]:
+    def all(self) -> list[LabelledSource]:
         return [*self.train, *self.validation]
 
     @property
@@ -117,10 +140,15 @@ class _Sources:
         return [train, validation, self.fraction]
 
 
-def _open(key: str, source: Source, cache: Path, report: Report, commits: Mapping[str, str]) -> RowSource:
-    if source.source == "datasets":
-        raise NotImplementedError
-    return RowSource(key, source, source)
+def columns_of(source: Source, key: str, has_documents: bool) -> Columns:
+    """Where the source that stands at `key` in the config has what a task reads."""
+    return Columns(
+        text=text_columns(source)[0],
+        pair=source.text_pair_column,
+        label=label_column(source),
+        document=document_column(source) if has_documents else None,
+        key=key,
+    )
 
 
 @dataclass
@@ -161,7 +189,7 @@ class _Preparation:
             for is_training in (True, False):
                 for number, found in itertools.groupby(self._rows(is_training), key=lambda pair: pair[0]):
                     rows = (row for _, row in found)
-                    while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+                    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
                         self._add(number, some, is_training)
             for split in self._splits.values():
                 split.writer.close()
@@ -169,11 +197,12 @@ class _Preparation:
     def _rows(self, is_training: bool) -> Iterator[tuple[int, LabelledRow]]:
         """(number of the source, row) of all rows that are trained, or of all that are held out."""
         held_out = are_held_out(self._all.fraction)
+        numbers = itertools.count()
         for number, source in enumerate(self._all.all):
             is_validation = number >= len(self._all.train)
             for row in source.rows():
                 if (is_validation or next(held_out)) != is_training:
-                    yield number, row
+                    yield number, LabelledRow(row, self._all.columns[number], next(numbers))
 
     def _add(self, number: int, rows: list[LabelledRow], is_training: bool) -> None:
         """Encode rows of a source and write their samples."""
@@ -182,9 +211,8 @@ class _Preparation:
         encoded = self._encoder.encode(rows, source.counts, is_training)
         for row, samples in zip(rows, encoded, strict=True):
             text = self._encoder.words(row)
-            row_number = split.totals.num_documents + split.totals.num_empty_documents
             for sample in samples:
-                split.writer.add(row_number, sample.input_ids, sample.labels, sample.token_type_ids)
+                split.writer.add(sample.input_ids, sample.labels, sample.rows, sample.token_type_ids)
             is_empty = not text.strip()
             added = Totals(
                 num_documents=int(not is_empty),
@@ -204,7 +232,7 @@ class _Preparation:
                 self._training_texts.add(text_digest)
             elif text_digest in self._training_texts and not is_empty:
                 source.num_documents_in_training += 1
-            if (count := next(self._num_rows)) % _ROWS_AT_ONCE == 0:
+            if (count := next(self._num_rows)) % ROWS_AT_ONCE == 0:
                 self._report(PreparationProgress("encoding rows", num_documents=count))
 
     def info(self, folder_name: str, digest: str, vocab_size: int, data: DataConfig) -> DataInfo:
@@ -215,8 +243,8 @@ class _Preparation:
             facts = {"name": source.name} | source.settings | source.size | asdict(found.totals)
             facts |= asdict(found.counts) | {
                 "num_huge_documents": 0,
-                "num_undecodable_documents": source.undecodable.num_undecodable,
-                "first_undecodable": source.undecodable.first,
+                "num_undecodable_documents": source.num_undecodable_rows,
+                "first_undecodable": source.first_undecodable,
                 "num_train_blocks": found.trained.num_blocks,
                 "num_documents_in_training": found.num_documents_in_training,
             }

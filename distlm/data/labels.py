@@ -56,8 +56,9 @@ def as_labels(value: Any, separator: str | None) -> list[str]:
     return [label for label in map(as_label, parts) if label]
 
 
-def known_labels(config: Labelled, found: Iterable[str]) -> list[str]:
-    """Those that a model is to know, in the order of their ids.
+def known_labels(config: Labelled, found: Iterable[str], of_model: Sequence[str] = ()) -> list[str]:
+    """Those that a model is to know, in the order of their ids. That of a pretrained model with the same labels is
+    `of_model`: its head then goes on with what it has learned.
 
     Raises InputError if the training data has one that `task.labels` lacks, or fewer than two.
     """
@@ -73,7 +74,7 @@ def known_labels(config: Labelled, found: Iterable[str]) -> list[str]:
     if len(present) < 2:
         what = f"only the label {next(iter(present))!r}" if present else "no label"
         raise InputError(Problem(f"the training data has {what}; there is nothing to tell apart", "data.train"))
-    return sorted(present, key=_number_or_name)
+    return list(of_model) if present == set(of_model) else sorted(present, key=_number_or_name)
 
 
 def _number_or_name(name: str) -> tuple[int, float, str]:
@@ -86,9 +87,11 @@ def _number_or_name(name: str) -> tuple[int, float, str]:
 class LabelIds:
     """The ids of labels, which new labels are given as they come."""
 
-    def __init__(self, config: Labelled, found: Counter[str], tag_scheme: str = "none") -> None:
+    def __init__(
+        self, config: Labelled, found: Counter[str], of_model: Sequence[str] = (), tag_scheme: str = "none"
+    ) -> None:
         """`found`: how often each label is in the training data. Raises InputError as `known_labels` does."""
-        names = known_labels(config, found)
+        names = known_labels(config, found, of_model)
         self.info = LabelInfo(names, len(names), [found[name] for name in names], tag_scheme)
         self._ids = {name: number for number, name in enumerate(names)}
 

@@ -27,6 +27,15 @@ class PreparationProgress:
         return asdict(self)
 
 
+_LABELLED = {
+    "num_truncated_documents": "longer than data.max_seq_length (cut there)",
+    "num_divided_documents": "longer than data.max_seq_length (divided; every word is labelled)",
+    "num_illformed_tags": "tags that cannot stand where they do (read as the beginning of an entity)",
+    "num_unknown_labels": "labels that the training data does not have (they count as wrong)",
+    "num_documents_in_training": "held-out texts that stand in the training data, too",
+}
+"""What the preparation of labelled data counts, in words."""
+
 Report = Callable[[PreparationProgress], None]
 
 
@@ -54,5 +63,8 @@ def _findings(source: Mapping[str, Any], is_trained: bool) -> Iterator[str]:
     if number := source["num_undecodable_documents"]:
         encoding = source.get("encoding", "utf-8")
         yield f"{number:,} with bytes that are not {encoding} (first: {source['first_undecodable']})"
+    for key, text in _LABELLED.items():
+        if number := source.get(key):
+            yield f"{number:,} {text}"
     if limit := source.get("reached_limit"):
         yield f"read up to {limit}; there is more"

@@ -142,7 +142,9 @@ def prepare_data(
         for number, source in enumerate(sources):
             key = f"data.{split}.{number}"
             if source.source == "datasets":
-                yield copy_dataset(key, source, cache, report, (commits or {}).get(key))
+                copy = copy_dataset(key, source, cache, report, (commits or {}).get(key))
+                facts = {"commit": copy.commit, "reached_limit": copy.reached_limit}
+                yield CorpusSource(key, source, copy.files, copy.identity, **facts)
             elif source.source != "parallel":  # which has no documents: refused by resolve.contradictions
                 yield CorpusSource(key, source, source)
 

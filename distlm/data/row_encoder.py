@@ -20,11 +20,9 @@ class Columns:
     text: str
     pair: str | None
     label: str
+    document: str | None
+    """What tells the documents that rows belong to apart; None: nothing does."""
     key: str
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name in (self.text, self.pair, self.label) if name is not None]
 
 
 class LabelledRow(NamedTuple):
@@ -32,6 +30,8 @@ class LabelledRow(NamedTuple):
 
     row: Row
     columns: Columns
+    number: int
+    """In its split, from 0."""
 
     @property
     def text(self) -> Any:
@@ -40,6 +40,10 @@ class LabelledRow(NamedTuple):
     @property
     def pair(self) -> Any:
         return self.row.values[self.columns.pair] if self.columns.pair is not None else None
+
+    @property
+    def document(self) -> Any:
+        return self.row.values[self.columns.document] if self.columns.document is not None else None
 
     @property
     def label(self) -> Any:
@@ -56,6 +60,8 @@ class Sample(NamedTuple):
     input_ids: Sequence[int]
     token_type_ids: Sequence[int]
     labels: Sequence[Any]
+    rows: Sequence[int]
+    """Numbers of the rows that the labels are of: one for each label, or for all."""
     num_unknown_tokens: int
 
 
@@ -89,5 +95,6 @@ class RowEncoder(Protocol):
         ...
 
     def encode(self, rows: list[LabelledRow], counts: RowCounts, is_training: bool) -> Iterator[list[Sample]]:
-        """The samples of each row of one source. Raises InputError for a bad row."""
+        """For each row, of one source, the samples that are complete with it; all of them with the last one. Raises
+        InputError for a bad row."""
         ...

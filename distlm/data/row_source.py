@@ -1,57 +1,72 @@
-"""One source of rows of the config, ready to be read as often as is needed; the counterpart of `CorpusSource`."""
+"""The rows of a source of the config, wherever it lies, for tasks with labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from distlm.data.corpus import file_states, settings_of
-from distlm.data.lines import status
+from distlm.data.corpus import ReadSource, what_is_read
+from distlm.data.hub import copy_dataset
+from distlm.data.notes import Report
 from distlm.data.readers import Piece
-from distlm.data.row_encoder import Columns, LabelledRow
-from distlm.data.rows import label_column, read_rows, text_columns
-from distlm.data.sources import LocalTable, Source, UndecodableCount, files_of, source_name
+from distlm.data.rows import Row, read_rows
+from distlm.data.sources import LocalTable, Source, UndecodableCount
 from distlm.errors import InputError
 
 
-class RowSource:
-    """The rows of a source, with the columns that a task with labels reads."""
+class LabelledSource(ReadSource):
+    """The rows of a source, with the columns that were asked for."""
 
     def __init__(
-        self, key: str, source: Source, local: LocalTable, identity: list[Any] | None = None, **facts: Any
+        self,
+        key: str,
+        source: Source,
+        columns: Sequence[str],
+        local: LocalTable,
+        identity: list[Any] | None = None,
+        **facts: Any,
     ) -> None:
-        """`identity` tells the content from other content; None: files with sizes and times of change do. `facts` are
-        told beside the settings."""
-        self.key = key
-        self.name = source_name(source)
-        self.columns = Columns(text_columns(source)[0], source.text_pair_column, label_column(source), key)
-        columns = {"text_pair_column": self.columns.pair, "label_column": self.columns.label}
-        self.settings = settings_of(source) | columns | facts
-        self._local = local
-        self._files = files_of(local, rows=True)
-        sizes = [status(file).st_size for file in self._files]
-        self.size = {"num_files": len(sizes), "num_file_bytes": sum(sizes)}
-        self._is_fixed = identity is not None
-        self.identity = [self.settings, identity or file_states(self._files)]
-        self.undecodable = UndecodableCount()
+        """`identity`: see `ReadSource`. `facts` are told beside the settings."""
+        columns = list(columns)
+        super().__init__(key, source, local, what_is_read(source) | {"read": columns} | facts, identity, rows=True)
+        self._columns = columns
+        self._is_copy = source.source == "datasets"
+        self.num_rows = 0
+        """That the last reading gave."""
+        self.num_undecodable_rows = 0
+        """Of those, with bytes that are not in the encoding of the file, each of which became U+FFFD."""
+        self.first_undecodable = ""
+        """FILE:LINE of the first such bytes."""
 
-    def check_unchanged(self) -> None:
-        """Raises InputError if a file changed since this object was made."""
-        if not self._is_fixed and self.identity[1] != file_states(files_of(self._local, rows=True)):
-            raise InputError("a file of the data changed while it was read; try again when nothing writes to it")
+    def rows(self) -> Iterator[Row]:
+        """All rows, in their order. The place of a row of a data set is NAME:ROW, from 1.
 
-    def rows(self) -> Iterator[LabelledRow]:
-        """All rows from the first on. Raises InputError for a file that is not what it should be, or where too many
-        rows hold bytes that are not in its encoding."""
-        self.undecodable = UndecodableCount()
+        Raises InputError, with the key of the config, where files cannot be read as asked, and at the end where too
+        many rows are not in the encoding of the files.
+        """
+        undecodable = UndecodableCount()
         try:
-            for row in read_rows(self._local, self.columns.names, self._files):
-                self.undecodable.add(Piece("", True, row.undecodable_at))
-                yield LabelledRow(row, self.columns)
+            for number, row in enumerate(read_rows(self._local, self._columns, self._files), start=1):
+                undecodable.add(Piece("", True, row.undecodable_at))
+                yield row._replace(place=f"{self.name}:{number}") if self._is_copy else row
         except InputError as error:
-            named = (replace(p, key=f"{self.key}.{p.key}") if p.key else p for p in error.problems)
-            raise InputError(*named) from error
-        encoding = getattr(self._local, "encoding", None)
-        if encoding is not None and (problems := self.undecodable.problems(encoding)):
-            raise InputError(*(replace(problem, key=f"{self.key}.encoding") for problem in problems))
+            problems = (replace(one, key=f"{self.key}.{one.key}" if one.key else self.key) for one in error.problems)
+            raise InputError(*problems) from error
+        self.num_rows = undecodable.num_documents
+        self.num_undecodable_rows = undecodable.num_undecodable
+        self.first_undecodable = undecodable.first
+        self._refuse(undecodable)
+
+
+def open_labelled(
+    key: str, source: Source, columns: Sequence[str], cache: Path, report: Report, commit: str | None = None
+) -> LabelledSource:
+    """The source, which stands at `key` in the config, such as data.train.0; one of the library `datasets` is copied
+    into the cache first. `commit`: see `copy_dataset`."""
+    if source.source != "datasets":
+        return LabelledSource(key, source, columns, source)
+    copy = copy_dataset(key, source, cache, report, commit, columns)
+    facts = {"commit": copy.commit, "reached_limit": copy.reached_limit}
+    return LabelledSource(key, source, columns, copy.files, copy.identity, **facts)

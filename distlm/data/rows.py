@@ -26,6 +26,7 @@ from distlm.data.sources import (
     files_of,
 )
 from distlm.data.tables import (
+    DOCSTART,
     TableSettings,
     describe_missing_column,
     describe_unsupported,
@@ -59,14 +60,24 @@ def label_column(source: Source) -> str:
     return source.label_column or DEFAULT_LABEL_COLUMN
 
 
-def labelled_columns(source: Source) -> list[str]:
-    """What a task with one label for each row (or for each word) reads."""
-    return list(dict.fromkeys([*text_columns(source), label_column(source)]))
+def document_column(source: Source) -> str | None:
+    """The column that tells the documents of a source apart; None: all rows are one document."""
+    return source.document_column or (DOCSTART if source.source == "files" else None)
+
+
+def labelled_columns(source: Source, has_documents: bool = False) -> list[str]:
+    """What a task with one label for each row (or for each word) reads; with `has_documents` also what tells documents
+    apart."""
+    document = document_column(source) if has_documents else None
+    columns = [*text_columns(source), label_column(source), *([document] if document is not None else [])]
+    return list(dict.fromkeys(columns))
 
 
 def column_keys(source: Source) -> dict[str, str]:
     """From the name of a column to the key of the source that names it."""
     names = {label_column(source): "label_column"}
+    if source.document_column is not None:
+        names[source.document_column] = "document_column"
     if source.text_pair_column is not None:
         names[source.text_pair_column] = "text_pair_column"
     return names if source.source == "python-docs" else names | {source.text_column: "text_column"}
@@ -121,8 +132,13 @@ def _read_file(source: FilesSource, columns: Sequence[str], path: Path) -> Itera
         raise bad_file(describe_unsupported(path, rows=True), path)
     file = TextFile(path, source.encoding, source.encoding_errors)
     name = place(path)
+    has_documents = DOCSTART in columns
+    columns = [column for column in columns if column != DOCSTART or form == "conll"]
     for values, line, bad_line in file.explained(read_table(file, form, columns, table)):
-        yield Row(dict(zip(columns, values, strict=True)), f"{name}:{line}", f"{name}:{bad_line}" if bad_line else "")
+        row = dict(zip(columns, values, strict=True))
+        if has_documents:  # a file ends a document
+            row[DOCSTART] = (name, row.get(DOCSTART))
+        yield Row(row, f"{name}:{line}", f"{name}:{bad_line}" if bad_line else "")
 
 
 # ------------------------------------------------------------------------------------------------------- parallel files

@@ -5,7 +5,8 @@ The file is an Arrow IPC stream with one row for each sample:
     input_ids        list of int32, special tokens included, no padding
     token_type_ids   list of int8, as long; only where the model is given some
     labels           list: of int32, one id (text) or one for each token; of float32, one for each label or one number
-    row              int64: number of the row of the data that the sample is made of, or a part of
+    rows             list of int64, numbers of the rows of the data that the sample is made of: one for each label that
+                     is not IGNORED, or one for all
 
 B samples, S tokens of the longest of them.
 """
@@ -36,7 +37,7 @@ class Samples:
     input_ids: list[Ids]
     token_type_ids: list[Ids] | None
     labels: list[NDArray[Any]]
-    rows: NDArray[np.int64]
+    rows: list[NDArray[np.int64]]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -44,7 +45,7 @@ class Samples:
 
 def sample_schema(has_token_types: bool, label_type: pa.DataType) -> pa.Schema:
     """`label_type`: int32 or float32."""
-    fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(label_type)), ("row", pa.int64())]
+    fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(label_type)), ("rows", pa.list_(pa.int64()))]
     return pa.schema([*fields, ("token_type_ids", pa.list_(pa.int8()))] if has_token_types else fields)
 
 
@@ -58,15 +59,17 @@ class SampleWriter:
         self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         file.write(schema.serialize())
 
-    def add(self, row: int, input_ids: Sequence[int], labels: Sequence[Any], token_type_ids: Sequence[int]) -> None:
-        values = {"input_ids": input_ids, "labels": labels, "row": row, "token_type_ids": token_type_ids}
+    def add(
+        self, input_ids: Sequence[int], labels: Sequence[Any], rows: Sequence[int], token_type_ids: Sequence[int]
+    ) -> None:
+        values = {"input_ids": input_ids, "labels": labels, "rows": rows, "token_type_ids": token_type_ids}
         for name, column in self._columns.items():
             column.append(values[name])
-        if len(self._columns["row"]) == self._SAMPLES_PER_BATCH:
+        if len(self._columns["rows"]) == self._SAMPLES_PER_BATCH:
             self._flush()
 
     def close(self) -> None:
-        if self._columns["row"]:
+        if self._columns["rows"]:
             self._flush()
         self._file.write(END_OF_STREAM)
 
@@ -82,17 +85,15 @@ class SampleDataset:
         self.sizes: list[int] = []
         """Samples in each file."""
         self._batches: list[dict[str, tuple[NDArray[Any], NDArray[Any]]]] = []
-        self._rows: list[NDArray[np.int64]] = []
         for path in paths:
             size = 0
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
-                    lists = {name: _ragged(batch[name]) for name in batch.schema.names if name != "row"}
-                    self._batches.append(lists)
-                    self._rows.append(batch["row"].to_numpy())
+                    self._batches.append({name: _ragged(batch[name]) for name in batch.schema.names})
                     size += batch.num_rows
             self.sizes.append(size)
-        self._ends = np.cumsum([len(rows) for rows in self._rows], dtype=np.int64)
+        self._sizes = [len(lists["input_ids"][1]) - 1 for lists in self._batches]
+        self._ends = np.cumsum(self._sizes, dtype=np.int64)
         lengths = [np.diff(lists["input_ids"][1]) for lists in self._batches]
         self.lengths: NDArray[np.int32] = np.concatenate(lengths).astype(np.int32) if lengths else np.zeros(0, np.int32)
         """Tokens of each sample."""
@@ -106,7 +107,7 @@ class SampleDataset:
             raise IndexError(f"sample indices must be in [0, {len(self)})")
         batches = np.searchsorted(self._ends, indices, side="right").tolist()
         places = [
-            (number, int(index - (self._ends[number] - len(self._rows[number]))))
+            (number, int(index - (self._ends[number] - self._sizes[number])))
             for number, index in zip(batches, indices, strict=True)
         ]
 
@@ -122,7 +123,7 @@ class SampleDataset:
             input_ids=column("input_ids"),
             token_type_ids=column("token_type_ids") if has_types else None,
             labels=column("labels"),
-            rows=np.array([self._rows[number][place] for number, place in places], np.int64),
+            rows=column("rows"),
         )
 
 

@@ -36,6 +36,8 @@ class LabelledSource(Protocol):
     def text_pair_column(self) -> str | None: ...
     @property
     def label_column(self) -> str | None: ...
+    @property
+    def document_column(self) -> str | None: ...
 
 
 class FilesSource(LabelledSource, Protocol):
@@ -222,7 +224,7 @@ def check_files(source: FilesSource, read: Callable[[Path], Iterator[Piece]], ro
     count = UndecodableCount()
     all_is_read = True
     for file in files:
-        if needs_pyarrow(file) and not has_pyarrow:
+        if needs_pyarrow(file, source.format) and not has_pyarrow:
             all_is_read = False
             continue
         try:

@@ -56,6 +56,8 @@ _TOKEN_SUFFIXES: dict[str, FormatName] = {
 }
 """Of files that hold words with labels."""
 
+DOCSTART = "-DOCSTART-"
+"""How a line begins that begins a document in CoNLL's formats."""
 CONLLU_COLUMNS = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
 
@@ -229,12 +231,9 @@ def _read_delimited(file: TextFile, columns: Sequence[str], table: TableSettings
     with Lines(file) as lines:
         rows = csv.reader(lines, **dialect)
         try:
-            if table.column_names is None:
-                header, what = next(rows, []), "the header has"
-                if not header:
-                    return
-            else:
-                header, what = list(table.column_names), "column_names has"
+            header = next(rows, []) if table.column_names is None else list(table.column_names)
+            if not header:
+                return
             more = _NO_HEADER if table.column_names is None else ""
             check_columns(columns, header, table.keys, file.path, lines.number or 1, more)
             num_fields = len(header)
@@ -248,14 +247,13 @@ def _read_delimited(file: TextFile, columns: Sequence[str], table: TableSettings
                 if not row:
                     continue
                 if len(row) != num_fields:
+                    message = f"the row has {len(row)} fields and the header has {num_fields}"
+                    if table.column_names is not None:
+                        message = f"the row has {len(row)} fields and column_names has {num_fields}"
                     can_quote = dialect.get("quoting") != csv.QUOTE_NONE
                     remedy = "must stand in quotes" if can_quote else "needs quotes, which the format csv has"
-                    raise bad_file(
-                        f"the row has {len(row)} fields and {what} {num_fields}; a field that holds separators "
-                        f"{remedy}",
-                        file.path,
-                        rows.line_num,
-                    )
+                    message = f"{message}; a field that holds separators {remedy}"
+                    raise bad_file(message, file.path, rows.line_num)
                 yield values_of(row), first_line, lines.undecodable_line and lines.take_undecodable()
         except csv.Error as error:
             raise bad_file(
@@ -277,45 +275,48 @@ def _read_conllu(file: TextFile, columns: Sequence[str], table: TableSettings) -
 def _read_sentences(file: TextFile, columns: Sequence[str], table: TableSettings, is_conllu: bool) -> Iterator[Record]:
     """A row is a sentence: a line for each word, ended by a blank line. A value is the list of a column's fields.
 
-    A `-DOCSTART-` line ends a sentence and is none. Of CoNLL-U are left out: comments, and the lines of contractions
-    (1-2) and of words that are not written (1.1), so that each word comes once.
+    A `-DOCSTART-` line ends a sentence and is none; the column of that name counts them. Of CoNLL-U are left out:
+    comments, and the lines of contractions (1-2) and of words that are not written (1.1), so that each word comes once.
     """
     names = list(table.column_names) if table.column_names is not None else CONLLU_COLUMNS if is_conllu else None
-    positions: list[int] = []
+    positions: list[int | None] = []
     words: list[list[str]] = []
-    first_line = 0
+    first_line = num_documents = 0
+
+    def sentence() -> list[Any]:
+        return [num_documents if p is None else [word[p] for word in words] for p in positions]
+
     with Lines(file) as lines:
         for line in lines:
             stripped = line.strip(" \t\r\n")
-            if not stripped or line.startswith("-DOCSTART-"):
+            if not stripped or line.startswith(DOCSTART):
                 if words:
-                    yield _transposed(words, positions), first_line, lines.take_undecodable()
+                    yield sentence(), first_line, lines.take_undecodable()
                     words = []
+                num_documents += bool(stripped)
                 continue
             if is_conllu and line.startswith("#"):
                 continue
             fields = _fields(line)
             if not positions:
                 names = names or _conll_names(len(fields), table)
-                check_columns(columns, names, table.keys, file.path, lines.number)
-                positions = [names.index(column) for column in columns]
+                check_columns(columns, [*names, DOCSTART], table.keys, file.path, lines.number)
+                positions = [None if column == DOCSTART else names.index(column) for column in columns]
                 num_fields = len(names)
             if len(fields) != num_fields:
-                whose = "column_names has" if table.column_names is not None else "the first line has"
-                whose = "CoNLL-U has" if is_conllu and table.column_names is None else whose
-                message = f"the line has {len(fields)} fields and {whose} {num_fields}; mend it, or name column_names"
-                raise bad_file(message, file.path, lines.number)
+                message = f"the line has {len(fields)} fields and the first line has {num_fields}"
+                if table.column_names is not None:
+                    message = f"the line has {len(fields)} fields and column_names has {num_fields}"
+                elif is_conllu:
+                    message = f"the line has {len(fields)} fields and CoNLL-U has {num_fields}"
+                raise bad_file(f"{message}; mend it, or name all columns in column_names", file.path, lines.number)
             if is_conllu and not fields[0].isdecimal():
                 continue
             if not words:
                 first_line = lines.number
             words.append(fields)
         if words:
-            yield _transposed(words, positions), first_line, lines.take_undecodable()
-
-
-def _transposed(words: Sequence[Sequence[str]], positions: Sequence[int]) -> list[list[str]]:
-    return [[word[position] for word in words] for position in positions]
+            yield sentence(), first_line, lines.take_undecodable()
 
 
 def _fields(line: str) -> list[str]:
@@ -440,9 +441,10 @@ def format_of(path: Path, rows: bool = False) -> FormatName | None:
 def describe_unsupported(path: Path, rows: bool = False) -> str:
     if suffixes(path)[0] == ".parquet":
         return "Parquet compresses its columns itself; unpack the file, and name it .parquet"
-    return f"unsupported suffix; use one of {TABLE_SUFFIXES if rows else SUFFIXES}"
+    return f"unsupported suffix; use one of {TABLE_SUFFIXES if rows else SUFFIXES}, or set format"
 
 
-def needs_pyarrow(path: Path) -> bool:
-    """Whether the file can be read only where pyarrow is installed, which a client may lack."""
-    return bool({".parquet", ".zst"}.intersection(suffixes(path)))
+def needs_pyarrow(path: Path, form: FormatName | None = None) -> bool:
+    """Whether the file can be read only where pyarrow is installed, which a client may lack. `form`: its format, where
+    the suffix does not tell."""
+    return form == "parquet" or bool({".parquet", ".zst"}.intersection(suffixes(path)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,8 +17,15 @@ from distlm.data.row_encoder import LabelledRow, RowCounts, Sample
 class TextRows:
     """See `RowEncoder`. A text that is longer than a sample is cut at its end; of a pair the longer one first."""
 
-    def __init__(self, task: TextClassificationTask, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> None:
+    def __init__(
+        self,
+        task: TextClassificationTask,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_length: int,
+        labels_of_model: Sequence[str],
+    ) -> None:
         self._task, self._tokenizer, self._max_seq_length = task, tokenizer, max_seq_length
+        self._labels_of_model = labels_of_model
         is_single = task.problem_type == "single_label_classification"
         self.label_type = pa.int32() if is_single else pa.float32()
         self.has_token_types = has_token_types(tokenizer)
@@ -27,7 +34,8 @@ class TextRows:
     def learn(self, training_rows: Callable[[], Iterator[LabelledRow]]) -> LabelInfo:
         if self._task.problem_type == "regression":
             return LabelInfo([], 0, [])
-        self._ids = LabelIds(self._task, Counter(label for row in training_rows() for label in self._labels(row)))
+        found = Counter(label for row in training_rows() for label in self._labels(row))
+        self._ids = LabelIds(self._task, found, self._labels_of_model)
         return self._ids.info
 
     def words(self, row: LabelledRow) -> str:
@@ -46,6 +54,7 @@ class TextRows:
                     input_ids,
                     encoded["token_type_ids"][number] if self.has_token_types else (),
                     self._targets(row, counts),
+                    [row.number],
                     input_ids.count(self._tokenizer.unk_token_id),
                 )
             ]

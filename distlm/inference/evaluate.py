@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from distlm.config.schema import TokenClassificationTask
+from distlm.config.resolve import looks_at_documents
+from distlm.config.schema import FilesSource, TokenClassificationTask
 from distlm.console import exit_code_of, say
 from distlm.data.batches import evaluation_batches
-from distlm.data.labelled import make_encoder
+from distlm.data.labelled import ROWS_AT_ONCE, columns_of, make_encoder
 from distlm.data.labels import LabelInfo
 from distlm.data.order import permute
 from distlm.data.row_encoder import LabelledRow, RowCounts, RowEncoder
-from distlm.data.row_source import RowSource
+from distlm.data.row_source import LabelledSource
+from distlm.data.rows import labelled_columns
 from distlm.data.samples import IGNORED, SampleDataset, SampleWriter, sample_schema
 from distlm.data.tagged import words_of
 from distlm.errors import ExitCode, InputError, Problem
@@ -42,7 +44,6 @@ from distlm.tasks.token_classification import TokenClassification
 from distlm.worker.train import write_tables
 from distlm.worker.trained_model import load_trained_model, tokenizer_of
 
-_ROWS_AT_ONCE = 1000
 _MAX_NAMES = 10
 
 
@@ -57,6 +58,19 @@ class Evaluated:
     """Labels that the training data has not, and how often they stand in this data; they count as wrong."""
 
 
+class _Rows:
+    """The rows of files, again and again."""
+
+    def __init__(self, source: FilesSource, has_documents: bool) -> None:
+        self.columns = columns_of(source, "data", has_documents)
+        self._source = LabelledSource("data", source, labelled_columns(source, has_documents), source)
+
+    def rows(self) -> Iterator[LabelledRow]:
+        """Raises InputError for what cannot be read as asked."""
+        for number, row in enumerate(self._source.rows()):
+            yield LabelledRow(row, self.columns, number)
+
+
 def evaluate(
     run: RunFolder, wanted: str, paths: list[Path], batch_size: int | None, about: TableArguments
 ) -> Evaluated:
@@ -64,7 +78,7 @@ def evaluate(
     settings = RunSettings.of(run, "evaluate")
     source = files_source(settings, paths, about)
     with named_as_arguments(), tempfile.TemporaryDirectory(prefix="distlm-evaluate-") as folder:
-        rows = RowSource("data", source, source)
+        rows = _Rows(source, looks_at_documents(settings.task))
         task_config = _with_known_labels(settings, rows)
         encoder = make_encoder(task_config, tokenizer_of(run), settings.max_seq_length)
         info = encoder.learn(lambda: iter(()))
@@ -82,7 +96,7 @@ def evaluate(
     return Evaluated(step, num_rows, found, unknown)
 
 
-def _with_known_labels(settings: RunSettings, rows: RowSource) -> Any:
+def _with_known_labels(settings: RunSettings, rows: _Rows) -> Any:
     """The config of the task as the model was trained, for data that may spell its tags in another way."""
     task = settings.task.model_copy(update={"labels": settings.labels or None})
     if not isinstance(task, TokenClassificationTask) or task.tag_scheme != "auto":
@@ -100,16 +114,16 @@ def _with_known_labels(settings: RunSettings, rows: RowSource) -> Any:
     return task.model_copy(update={"tag_scheme": str(scheme)})
 
 
-def _write_samples(encoder: RowEncoder, rows: RowSource, path: Path) -> int:
+def _write_samples(encoder: RowEncoder, rows: _Rows, path: Path) -> int:
     """Returns the number of rows."""
     count = 0
     with open(path, "wb") as file:
         writer = SampleWriter(file, sample_schema(encoder.has_token_types, encoder.label_type))
         remaining: Iterator[LabelledRow] = rows.rows()
-        while some := list(itertools.islice(remaining, _ROWS_AT_ONCE)):
-            for number, samples in enumerate(encoder.encode(some, RowCounts(), False), start=count):
+        while some := list(itertools.islice(remaining, ROWS_AT_ONCE)):
+            for samples in encoder.encode(some, RowCounts(), False):
                 for sample in samples:
-                    writer.add(number, sample.input_ids, sample.labels, sample.token_type_ids)
+                    writer.add(sample.input_ids, sample.labels, sample.rows, sample.token_type_ids)
             count += len(some)
         writer.close()
     return count

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlm.data.labelled import ROWS_AT_ONCE
 from distlm.errors import InputError
 from distlm.inference.predictor import Example, Prediction
 from distlm.run_folder import read_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
-ROWS_PER_PART = 1024
+ROWS_PER_PART = ROWS_AT_ONCE  # so that a word has the same context as in an evaluation
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from distlm.config.resolve import looks_at_documents
 from distlm.config.schema import ResourcesConfig
 from distlm.console import exit_code_of, say
+from distlm.data.labelled import columns_of
 from distlm.data.readers import Piece
-from distlm.data.row_encoder import Columns as RowColumns
 from distlm.data.row_encoder import LabelledRow
-from distlm.data.rows import text_columns
+from distlm.data.rows import document_column, text_columns
 from distlm.data.sources import UndecodableCount, files_of
 from distlm.data.tagged import words_of
 from distlm.data.texts import text_of
@@ -53,7 +54,8 @@ def predict(options: argparse.Namespace) -> int:
     source = files_source(settings, [options.input], TableArguments.of(options))
     with named_as_arguments():
         (path,) = _one_file(files_of(source, rows=True))
-        required = list(dict.fromkeys(text_columns(source)))
+        document = document_column(source) if looks_at_documents(settings.task) else None
+        required = list(dict.fromkeys([*text_columns(source), *([document] if document else [])]))
         rows = WholeRows(source.model_copy(update={"paths": [str(path)]}), required)
     parts = Parts.beside(output)
     about: dict[str, Any] = {
@@ -120,17 +122,19 @@ def _begin(parts: Parts, rows: WholeRows, output: Path, settings: RunSettings) -
     source = rows.source
     names: dict[str, None] = dict.fromkeys(rows.columns or [])
     undecodable = UndecodableCount()
-    where = RowColumns(source.text_column, source.text_pair_column, "", "data")
+    has_documents = looks_at_documents(settings.task)
+    where = columns_of(source, "data", has_documents)
     has_words = settings.task.type == "token-classification"
 
     def examples() -> Iterator[Example]:
-        for row in rows:
+        for number, row in enumerate(rows):
             undecodable.add(Piece("", True, row.undecodable_at))
             if rows.columns is None:
                 names.update(dict.fromkeys(row.values))
-            labelled = LabelledRow(row, where)
+            labelled = LabelledRow(row, where, number)
             if has_words:
-                example = Example(words_of(labelled, labelled.text, "text"))
+                document = str(labelled.document) if has_documents else None
+                example = Example(words_of(labelled, labelled.text, "text"), document=document)
             else:
                 pair = None if where.pair is None else text_of(labelled, labelled.pair, "text_pair")
                 example = Example(text_of(labelled, labelled.text, "text"), pair)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from distlm.config.schema import TokenClassificationTask
 from distlm.data.batches import evaluation_batches
 from distlm.data.samples import Samples
-from distlm.data.tagged import WordEncoder
+from distlm.data.tagged import WordEncoder, group
 from distlm.data.texts import encode_texts
 from distlm.errors import TrainingError
 from distlm.inference.run_settings import RunSettings
@@ -35,6 +36,8 @@ class Example(NamedTuple):
 
     text: str | list[str]
     pair: str | None = None
+    document: str | None = None
+    """What it has in common with other examples of its document, where that matters."""
 
 
 Prediction = dict[str, Any]
@@ -83,7 +86,7 @@ class Predictor:
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
         """A prediction for each, in their order. Raises TrainingError where the model gives no finite numbers."""
         if self._settings.task.type == "token-classification":
-            return self._predict_words([list(example.text) for example in examples])
+            return self._predict_words(examples)
         return self._predict_texts(examples)
 
     def _predict_texts(self, examples: Sequence[Example]) -> list[Prediction]:
@@ -111,23 +114,25 @@ class Predictor:
             for score, number in zip(scores.tolist(), ids.tolist(), strict=True):
                 yield {"label": self._labels[number], "score": round(score, _DECIMALS)}
 
-    def _predict_words(self, texts: Sequence[list[str]]) -> list[Prediction]:
+    def _predict_words(self, examples: Sequence[Example]) -> list[Prediction]:
+        task = self._settings.task
+        assert isinstance(task, TokenClassificationTask)
+        texts = [list(example.text) for example in examples]
         found = [np.full(len(words), "", dtype=object) for words in texts]
-        windows = [
-            (row, window)
-            for row, of_row in enumerate(self._words.encode(texts))
-            for window in of_row
-            if any(word is not None for word in window.words)
-        ]
-        for indices, logits in self._logits([window.input_ids for _, window in windows], None):
+        documents = [example.document for example in examples]
+        groups = group(documents, self._words.windows(texts), self._words, task.context)
+        samples = [self._words.sample(windows) for complete, _ in groups for windows in complete]
+        samples = [sample for sample in samples if any(place is not None for place in sample.words)]
+        types = [sample.token_types for sample in samples] if task.case_feature else None
+        for indices, logits in self._logits([sample.input_ids for sample in samples], types):
             ids = logits.argmax(-1).numpy()  # [B, S]
             for b, index in enumerate(indices.tolist()):
-                row, window = windows[index]
-                previous: int | None = None
-                for position, word in enumerate(window.words):
-                    if word is not None and word != previous:  # what its first token is given is what a word is given
+                previous: tuple[int, int] | None = None
+                for position, place in enumerate(samples[index].words):
+                    if place is not None and place != previous:  # a word is given what its first token is given
+                        row, word = place
                         found[row][word] = self._labels[ids[b, position]]
-                    previous = word
+                    previous = place
         return [{"labels": labels.tolist()} for labels in found]
 
     def _logits(
@@ -148,7 +153,7 @@ class Predictor:
                 input_ids=[ids[i] for i in chosen],
                 token_type_ids=None if types is None else [types[i] for i in chosen],
                 labels=[],
-                rows=batch.indices,
+                rows=[],
             )
             inputs = make_batch(samples, np.zeros(len(chosen)), self._pad_token_id)
             with torch.no_grad():

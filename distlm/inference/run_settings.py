@@ -79,6 +79,7 @@ def files_source(settings: RunSettings, paths: Sequence[Path], arguments: TableA
         "text_column": getattr(trained, "text_column", "text"),
         "text_pair_column": trained.text_pair_column,
         "label_column": trained.label_column,
+        "document_column": trained.document_column,
     }
     form = _format(paths, arguments, trained)
     if trained.source == "files" and form == (trained.format or format_of(Path(trained.paths[0]), rows=True)):

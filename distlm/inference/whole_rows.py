@@ -17,7 +17,7 @@ class WholeRows:
     """The rows of one file; every iteration begins anew."""
 
     def __init__(self, source: FilesSource, required: Sequence[str]) -> None:
-        """`source` has one path; `required` are the columns that each row must have. Raises InputError if the first row
+        """`source` has one path; `required` are the columns that each row must have, `DOCSTART` perhaps among them. Raises InputError if the first row
         cannot be read."""
         self.source, self._required = source, list(required)
         (path,) = source.paths
@@ -43,7 +43,7 @@ class WholeRows:
     def __iter__(self) -> Iterator[Row]:
         """Raises InputError, with file and line, for what is not as it should be."""
         if self.columns is not None:
-            return read_rows(self.source, self.columns)
+            return read_rows(self.source, list(dict.fromkeys([*self.columns, *self._required])))
         return self._json_rows()
 
     def _json_rows(self) -> Iterator[Row]:
@@ -51,4 +51,4 @@ class WholeRows:
         with Lines(self._file()) as lines:
             records: Iterator[dict[str, Any]] = (json.loads(line) for line in lines if line.strip())
             for row, record in zip(read_rows(self.source, self._required), records, strict=True):
-                yield row._replace(values=record)
+                yield row._replace(values=row.values | record)

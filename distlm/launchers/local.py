@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from distlm.config.resolve import contradictions
+from distlm.config.resolve import contradictions, looks_at_documents
 from distlm.config.schema import RunConfig
 from distlm.data.rows import check_rows, labelled_columns
 from distlm.data.sources import check_source
@@ -31,6 +31,7 @@ from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, result_of, write_result
 from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
+from distlm.run_reference import check_references
 from distlm.stop_count import STOP_SIGNALS, StopCount
 from distlm.view import Event, View, decode_event, make_event
 
@@ -49,7 +50,11 @@ class LocalLauncher:
         for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
             for index, source in enumerate(sources):
                 is_text = config.task.type == "masked-lm"
-                for problem in check_source(source) if is_text else check_rows(source, labelled_columns(source)):
+                for problem in (
+                    check_source(source)
+                    if is_text
+                    else check_rows(source, labelled_columns(source, looks_at_documents(config.task)))
+                ):
                     key = ".".join(filter(None, ("data", section, str(index), problem.key)))
                     yield Problem(_with_place(problem), key, problem.value)
         for key, name in (
@@ -60,6 +65,7 @@ class LocalLauncher:
                 yield Problem("'~' is not expanded here; write ${HOME} for it", key)
             elif name and name.startswith((".", "/")) and not os.path.isdir(name):
                 yield Problem("there is no such folder", key)
+        yield from check_references(config)
         yield from _check_runs_dir(Path(config.runs_dir))
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         if config.resources.num_workers * _WORKER_GIB > memory_gib:

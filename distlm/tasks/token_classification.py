@@ -65,9 +65,10 @@ class TokenClassification:
     def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> scores.Evaluation:
         labels: dict[int, list[str]] = {}
         predictions: dict[int, list[str]] = {}
-        for index, predicted in sorted(pair for batch in judged for pair in batch):
+        for index, predicted in sorted((pair for batch in judged for pair in batch), key=lambda pair: pair[0]):
             sample = data[np.array([index])]
-            row, ids = int(sample.rows[0]), sample.labels[0]
-            labels.setdefault(row, []).extend(self._labels[ids[ids != IGNORED]])
-            predictions.setdefault(row, []).extend(self._labels[predicted])
+            wanted = sample.labels[0][sample.labels[0] != IGNORED]
+            for row, label, prediction in zip(sample.rows[0].tolist(), wanted, predicted, strict=True):
+                labels.setdefault(row, []).append(self._labels[label])
+                predictions.setdefault(row, []).append(self._labels[prediction])
         return scores.tagging(list(labels.values()), list(predictions.values()), self._scheme)

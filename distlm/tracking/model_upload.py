@@ -133,7 +133,9 @@ def upload_model(
     usage = usage_of(run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.model)
     is_adapter = (run.model / "adapter_config.json").exists()
-    base = run.init / "model" if is_adapter else run.model
+    base = run.model
+    if is_adapter:  # whose drawing may have changed the weights that it is for
+        base = run.init / "base" if (run.init / "base").exists() else run.init / "model"
     model = getattr(transformers, usage.auto_class).from_pretrained(base)
     packages, others = ["torch", "transformers"], {}
     if is_adapter:

@@ -12,6 +12,7 @@ order of the data follows from the sample position in `progress`.
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -20,26 +21,32 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlm.checkpoint.manifest import (
     KINDS,
+    METHOD_STATE_NAME,
     Fragment,
     Manifest,
     Optimizer,
     Parameter,
     Progress,
     Shard,
+    StateFile,
 )
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
-from distlm.checkpoint.tensor_file import one_line
+from distlm.checkpoint.tensor_file import file_sha256, one_line
 from distlm.errors import CheckpointError, TrainingError
 from distlm.worker import zero_state
+from distlm.worker.read_back import live_weights, require_equal
 from distlm.worker.zero_state import HeldFragment
 
 if TYPE_CHECKING:
@@ -82,6 +89,10 @@ class _Job:
     fragments: list[Fragment] = field(default_factory=list)
     content: Any = ()
     """The bytes of this rank's shard, an iterable of memoryviews."""
+    method_state: dict[str, Tensor] | None = None
+    """What the training method keeps, on every rank the same; None: nothing."""
+    live: dict[str, Tensor] | None = None
+    """On rank 0, what the checkpoint must hold; None: it is not read back."""
     error: Exception | None = None
     blocked_s: float = 0.0
 
@@ -104,11 +115,16 @@ class CheckpointSaver:
         *,
         seed: int,
         asynchronous: bool = True,
+        reads_back: bool = False,
+        method_state: Callable[[], dict[str, Tensor]] | None = None,
         retention: Retention | None = None,
         on_committed: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        """`on_committed` is called on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
+        """With `reads_back` each checkpoint is compared with the model before it is committed, which takes a copy of
+        the trainable weights on rank 0. `method_state` gives what the training method keeps. `on_committed` is called
+        on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
         self._engine, self._store, self._seed = engine, store, seed
+        self._reads_back, self._method_state = reads_back, method_state
         self._retention = retention or Retention()
         self._on_committed = on_committed
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -153,6 +169,10 @@ class CheckpointSaver:
         job = _Job(step, time.monotonic() if stopped_at is None else stopped_at)
         self.wait()
         try:
+            # First, since it is collective: no rank may fail before it.
+            job.live = live_weights(self._engine) if self._reads_back else None
+            if self._method_state is not None and self._rank == 0:
+                job.method_state = {name: tensor.cpu().clone() for name, tensor in self._method_state().items()}
             held = list(_fragments_to_write(self._engine))
             numbers = {parameter.name: number for number, parameter in enumerate(self._parameters)}
             job.fragments = [Fragment(numbers[part.name], part.start, part.numel) for part in held]
@@ -263,8 +283,12 @@ class CheckpointSaver:
 
     def _commit(self, job: _Job, shards: dict[str, Shard]) -> None:
         assert job.manifest is not None
-        manifest = job.manifest(shards=shards)
-        checkpoint = self._store.commit(self._store.temporary(job.step, self._token), manifest)
+        temporary = self._store.temporary(job.step, self._token)
+        method_state = _write_method_state(temporary, job.method_state) if job.method_state else None
+        manifest = job.manifest(shards=shards, method_state=method_state)
+        if job.live is not None:
+            require_equal(Checkpoint(job.step, temporary), manifest, job.live)
+        checkpoint = self._store.commit(temporary, manifest)
         total_s = time.monotonic() - job.started
         warning = self._prune()
         blocked_s = job.blocked_s if self._buffer is not None else time.monotonic() - job.started
@@ -294,6 +318,29 @@ class CheckpointSaver:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+
+def _write_method_state(folder: Path, tensors: dict[str, Tensor]) -> StateFile:
+    """Raises CheckpointError."""
+    path = folder / METHOD_STATE_NAME
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return StateFile(size_bytes=path.stat().st_size, sha256=file_sha256(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {one_line(error)}") from error
+
+
+def load_method_state(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Tensor]:
+    """What the training method has kept; empty: nothing. Raises CheckpointError."""
+    if manifest.method_state is None:
+        return {}
+    path = checkpoint.path / METHOD_STATE_NAME
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 class _Failure(NamedTuple):

@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from distlm.checkpoint.listing import best_by
 from distlm.checkpoint.manifest import Manifest
@@ -92,36 +93,67 @@ def _best(run: RunFolder, store: CheckpointStore) -> Checkpoint:
 
 
 def export_checkpoint(
-    run: RunFolder, checkpoint: Checkpoint, manifest: Manifest, folder: Path, *, replace: bool = False
+    run: RunFolder,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    replace: bool = False,
+    merge: bool = False,
 ) -> None:
-    """Write a verified checkpoint of a run as a Hugging Face folder, which appears whole or not at all.
+    """Write a verified checkpoint of a run as a folder that `from_pretrained` loads: of transformers, or for an adapter
+    of PEFT. It appears whole or not at all.
 
     Args:
         folder: does not exist or is empty; with `replace` it may be anything.
+        merge: of an adapter, write the model with the adapter merged into it instead.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not of the model in init/.
-        InputError: init/ lacks something.
+        InputError: init/ lacks something, or the adapter is of a method that cannot be merged.
         InfrastructureError: the folder cannot be written.
     """
     from distlm.worker.model_card import model_card
 
-    initial = run.init / "model"
-    _require(initial / "config.json", run.init / "tokenizer", run.init / "prepared.json")
-    files = _weight_files(initial)
-    others = [*_other_files(initial), *_other_files(run.init / "tokenizer")]
-    parameters = _parameter_of_tensor(initial, files, manifest, task_of(run))
-    reader = CheckpointReader(checkpoint, manifest)
-    card = model_card(run, manifest)
+    _require(run.init / "model" / "config.json", run.init / "tokenizer", run.init / "prepared.json")
+    write = _write_adapter if (run.init / "adapter").is_dir() else _write_model
+    card = model_card(run, manifest, merged=merge)
     try:
         with whole_folder(folder, replace=replace) as temporary:
-            for file in files:
-                _write_weights(temporary / file.path.name, file, parameters, reader)
-            for other in others:
+            write(run, checkpoint, manifest, temporary, merge)
+            for other in _other_files(run.init / "tokenizer"):
                 shutil.copyfile(other, temporary / other.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise InfrastructureError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def _write_model(run: RunFolder, checkpoint: Checkpoint, manifest: Manifest, folder: Path, _: bool) -> None:
+    initial = run.init / "model"
+    files = _weight_files(initial)
+    parameters = _parameter_of_tensor(initial, files, manifest, task_of(run))
+    reader = CheckpointReader(checkpoint, manifest)
+    for file in files:
+        _write_weights(folder / file.path.name, file, parameters, reader)
+    for other in _other_files(initial):
+        shutil.copyfile(other, folder / other.name)
+
+
+def _write_adapter(run: RunFolder, checkpoint: Checkpoint, manifest: Manifest, folder: Path, merges: bool) -> None:
+    """The adapter alone, or the model that it is merged into; in memory, unlike `_write_model`."""
+    from distlm.worker.adapter import InitialTensors
+    from distlm.worker.adapter_export import export_adapter, merge, verify_adapter
+    from distlm.worker.trained_model import load_model_of
+
+    model: Any = load_model_of(run, checkpoint, manifest)
+    if merges:
+        merge(model).save_pretrained(folder)
+        return
+    names = {parameter.name for parameter in manifest.parameters}
+    trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in names}
+    base = read_json(run.init / "prepared.json")["base_name_or_path"]
+    export_adapter(model, folder, base, InitialTensors(run.init / "adapter"))
+    verify_adapter(folder, trained)
 
 
 def _require(*paths: Path) -> None:
@@ -226,7 +258,7 @@ def _export(options: argparse.Namespace) -> int:
     folder = _free_place(options.folder)
     run = RunFolder(options.run_folder.absolute())
     checkpoint, manifest = choose_checkpoint(run, options.step)
-    export_checkpoint(run, checkpoint, manifest, folder)
+    export_checkpoint(run, checkpoint, manifest, folder, merge=options.merge)
     say(f"step {manifest.step} of run {run.run_id} exported to {options.folder}")
     return ExitCode.SUCCEEDED
 
@@ -236,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--step", default="last")
+    parser.add_argument("--merge", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="distlm: warning: %(message)s", level=logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
+from distlm.data import letter_case
 from distlm.errors import InputError, Problem
 from distlm.run_folder import whole_folder
 
@@ -85,6 +87,17 @@ def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
         raise InputError(Problem(f"is no model: {_first_line(error)}", key, name_or_path)) from None
     _require_kind(model_config, task, key, name_or_path)
     return model_config
+
+
+def labels_of(model_config: PretrainedConfig, task: str) -> list[str]:
+    """The labels that a pretrained model tells apart, by their ids; empty: it has no head for the task, or none with
+    names."""
+    suffix = {"text-classification": "ForSequenceClassification", "token-classification": "ForTokenClassification"}
+    classes = model_config.architectures or []
+    if task not in suffix or not any(name.endswith(suffix[task]) for name in classes):
+        return []
+    names = [model_config.id2label[number] for number in sorted(model_config.id2label)]
+    return [] if names[:1] == ["LABEL_0"] else names
 
 
 def build_model_config(
@@ -236,8 +249,12 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
             )
             drawn = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
             _require_pretrained(model, drawn)
+            if config.task.type != "masked-lm" and not drawn and not _knows_labels(config, model_config):
+                drawn = _draw_head_anew(model)
         else:
             model = auto_class.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
+        if config.task.type == "token-classification" and config.task.case_feature:
+            drawn += _enlarge_token_types(model)
         if attn != "flash_attention_2":  # that one runs on GPUs only
             _require_logits(model, config)
     except InputError:
@@ -253,10 +270,64 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
 
 def save_initial_model(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights that `load_model` reads."""
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=True) as temporary:
         # In the module's own names, which checkpoints use, too: some architectures have others on the Hub, and weights
         # there that are several in the module. `from_pretrained` reads both.
         model.save_pretrained(temporary, save_original_format=False)
+
+
+_TOKEN_TYPES = "token_type_embeddings"
+_TOKEN_TYPE_NOISE = 0.02  # standard deviation, as BERT's initializer_range
+
+
+def _enlarge_token_types(model: PreTrainedModel) -> list[str]:
+    """Give a model a token type for each class of words; names of the weights that were drawn. The new ones begin as
+    the type that all tokens have had, but for some noise. One that has them already stays as it is."""
+    name = next((name for name, _ in model.named_modules() if name.endswith(_TOKEN_TYPES)), None)
+    if name is None:
+        message = f"this {model.config.model_type} has no token types; leave it out, or take a cased model"
+        raise InputError(Problem(message, "task.case_feature", "true"))
+    table = model.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    if table.num_embeddings == letter_case.NUM_TOKEN_TYPES:
+        return []
+    enlarged = nn.Embedding(letter_case.NUM_TOKEN_TYPES, table.embedding_dim)
+    with torch.no_grad():
+        enlarged.weight.copy_(table.weight[0] + _TOKEN_TYPE_NOISE * torch.randn_like(enlarged.weight))
+        enlarged.weight[0] = table.weight[0]
+    model.set_submodule(name, enlarged)
+    model.config.type_vocab_size = letter_case.NUM_TOKEN_TYPES
+    return [f"{name}.weight"]
+
+
+def _knows_labels(config: RunConfig, model_config: PretrainedConfig) -> bool:
+    """Whether the pretrained head is one for the labels of the run, and not only for as many."""
+    before = pretrained_config(str(config.model.name_or_path), config.task.type)
+    if getattr(model_config, "problem_type", None) == "regression":
+        return before.num_labels == 1
+    names = [model_config.id2label[number] for number in sorted(model_config.id2label)]
+    return labels_of(before, config.task.type) == names
+
+
+def _draw_head_anew(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that were drawn."""
+    names = head_names(model, ())
+    for name in names:
+        for module in model.get_submodule(name).modules():
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
+    return sorted(name for name, _ in model.named_parameters() if name.startswith(tuple(f"{n}." for n in names)))
+
+
+def head_names(model: PreTrainedModel, drawn: Iterable[str]) -> list[str]:
+    """Modules that are trained for the task whatever the method: all that is not the base model, and of that what was
+    drawn anew, its pooler or its token types."""
+    base = model.base_model_prefix
+    names = [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
+    if any(name.startswith(f"{base}.pooler.") for name in drawn):
+        names.append(f"{base}.pooler")
+    return [*names, *(name.rpartition(".")[0] for name in drawn if f".{_TOKEN_TYPES}." in name)]
 
 
 def _require_pretrained(model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -288,10 +359,20 @@ def load_model(
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
     task: str = "masked-lm",
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load saved weights in fp32. Under ZeRO-3 (once the Accelerator exists) each rank keeps its part only."""
+    """Load saved weights in fp32, or in the few bits of a BitsAndBytesConfig, `quantization`, on a GPU. Under ZeRO-3
+    (once the Accelerator exists) each rank keeps its part only."""
+    others: dict[str, Any] = {}
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        others = {
+            "quantization_config": BitsAndBytesConfig(**quantization),
+            "device_map": {"": torch.cuda.current_device()},
+        }
     model: PreTrainedModel = MODEL_KINDS[task].auto_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
+        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True, **others
     )
     if gradient_checkpointing:
         # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.

@@ -32,8 +32,8 @@ _LEARNED_BY = {
 }
 
 
-def model_card(run: RunFolder, manifest: Manifest) -> str:
-    """The text, for a checkpoint with that manifest.
+def model_card(run: RunFolder, manifest: Manifest, merged: bool = False) -> str:
+    """The text, for a checkpoint with that manifest. `merged`: the adapter is in the model.
 
     Values are those of run.yaml, where `${VAR}` stands as the user wrote it. Raises InputError if the run's files are
     damaged.
@@ -42,13 +42,14 @@ def model_card(run: RunFolder, manifest: Manifest) -> str:
         tree, prepared = read_yaml(run.run_yaml), read_json(run.init / "prepared.json")
         model_type = read_json(run.init / "model" / "config.json")["model_type"]
         name = _line(tree["name"])
-        metadata = _metadata(name, tree, prepared, model_type, manifest)
+        written = tree | {"peft": None} if merged else tree  # as the folder has it, not as it was trained
+        metadata = _metadata(name, written, prepared, model_type, manifest)
         labels = _labels(tree, prepared)
         sections = (
             f"---\n{metadata.to_yaml()}\n---",
             f"# {name}",
-            _what_it_is(run, tree, prepared, model_type, manifest),
-            f"## Use\n\n{snippet(tree, prepared)}",
+            _what_it_is(run, written, prepared, model_type, manifest),
+            f"## Use\n\n{snippet(written, prepared)}",
             *([f"## Labels\n\n{labels}"] if labels else []),
             f"## Data\n\n{_data(tree, prepared)}",
             f"## Training\n\n{_training(run, tree, manifest)}",

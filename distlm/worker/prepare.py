@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.config.reproduce import original_of
@@ -19,14 +20,15 @@ from distlm.config.resolve import has_adapter
 from distlm.config.schema import RunConfig
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json, whole_folder, write_json
+from distlm.run_reference import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
     from distlm.data.prepare import DataInfo
+    from distlm.worker.adapter import TaskType
     from distlm.worker.model import Head
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class Prepared:
     """In the loss, of each label that the model knows; None: all the same."""
     tag_scheme: str = "none"
     """Of the labels of words as the model learns them: iob2, or none."""
+    base_name_or_path: str = ""
+    """The pretrained model: its name on the Hub, or the folder that it was read from."""
     drawn_weights: list[str] = field(default_factory=list)
     """Weights of a pretrained model that it did not have: its head for this task."""
 
@@ -94,14 +98,18 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     from distlm.data.labels import LabelInfo, label_weights
     from distlm.data.prepare import DataInfo, prepare_data
     from distlm.data.tokenize import load_tokenizer
-    from distlm.worker.model import Head, pretrained_config
+    from distlm.worker.model import Head, labels_of, pretrained_config
+    from distlm.worker.model_source import with_local_weights
 
+    is_from_hub = bool(config.model.name_or_path) and not _is_local(config.model.name_or_path or "")
+    config = with_local_weights(config, run)
     tokenizer_config = config.tokenizer
     if not (tokenizer_config.name_or_path or tokenizer_config.train):
         tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": config.model.name_or_path})
+    labels_of_model: list[str] = []
     # Fail on the model and the tokenizer before the corpus is tokenised, which may take hours.
     if config.model.name_or_path:
-        pretrained_config(config.model.name_or_path, config.task.type)
+        labels_of_model = labels_of(pretrained_config(config.model.name_or_path, config.task.type), config.task.type)
     if tokenizer_config.name_or_path:
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     before = read_json(run.init / "prepared.json")
@@ -115,7 +123,8 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         data = prepare_data(config.data, tokenizer_config, run.cache, report, commits)
     else:
         assert tokenizer_config.name_or_path  # resolve.contradictions
-        data = prepare_labelled(config.data, config.task, tokenizer_config.name_or_path, run.cache, report, commits)
+        name = tokenizer_config.name_or_path
+        data = prepare_labelled(config.data, config.task, name, labels_of_model, run.cache, report, commits)
     tokenizer = load_tokenizer(str(data.tokenizer_path), needs_mask=config.task.type == "masked-lm")
     labels = LabelInfo(**data.info.labels) if data.info.labels else LabelInfo([], 0, [])
     head = None
@@ -131,10 +140,10 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
     run.init.mkdir(exist_ok=True)
     num_train_samples = data.info.train.num_blocks
     total_steps = _total_steps(config, num_train_samples)
-    if not (run.init / "model").exists():
-        drawn_weights = _make_initial_weights(config, model_config, run, total_steps)
+    if before is None or not (run.init / "model").exists():  # the last one to be written is prepared.json
+        drawn_weights, num_trainable = _make_initial_weights(config, model_config, run, total_steps)
     else:
-        drawn_weights = before["drawn_weights"] if before else []
+        drawn_weights, num_trainable = before.get("drawn_weights", []), before.get("num_trainable_parameters", 0)
     if not (run.init / "tokenizer").exists():
         with whole_folder(run.init / "tokenizer") as folder:
             shutil.copytree(data.tokenizer_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
@@ -154,22 +163,35 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         pad_token_id=tokenizer.pad_token_id,
         special_token_ids=sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}),
         num_parameters=_count_parameters(run.init / "model") + _count_parameters(run.init / "adapter"),
-        num_trainable_parameters=_count_trainable_parameters(config, run),
+        num_trainable_parameters=num_trainable,
         forward_flops_per_sample=flops,
         masked_only_head=masked_only_head,
         data_info=asdict(data.info),
         train_mixture=_mixture(config, data.info),
         data_was_cached=data.cached,
-        is_from_hub=bool(config.model.name_or_path) and not os.path.isdir(config.model.name_or_path or ""),
+        is_from_hub=is_from_hub,
         labels=labels.names,
         num_labels=labels.num_known or int(config.task.type != "masked-lm"),
         label_weights=None if config.task.type == "masked-lm" else label_weights(config.task.class_weights, labels),
         tag_scheme="none" if labels.tag_scheme == "none" else "iob2",
+        base_name_or_path=_base(config, run),
         drawn_weights=drawn_weights,
     )
     _check_schedule(config, prepared.total_steps)
     write_json(run.init / "prepared.json", asdict(prepared))
     return prepared
+
+
+def _is_local(name_or_path: str) -> bool:
+    return os.path.isdir(name_or_path) or name_or_path.startswith(PREFIX)
+
+
+def _base(config: RunConfig, run: RunFolder) -> str:
+    """The model that an exported adapter is for."""
+    if config.task.type == "token-classification" and config.task.case_feature:  # it has more token types now
+        return str(run.init / ("base" if (run.init / "base").exists() else "model"))
+    name = config.model.name_or_path or ""
+    return str(Path(name).absolute()) if os.path.isdir(name) else name
 
 
 def _check_words(tokenizer: Path) -> None:
@@ -332,26 +354,33 @@ def _check_schedule(config: RunConfig, total_steps: int) -> None:
     learning_rate_schedule(config, total_steps)
 
 
-def _make_initial_weights(config: RunConfig, model_config: Any, run: RunFolder, total_steps: int) -> list[str]:
-    """Write init/model and, with an adapter, init/adapter; names of the pretrained weights that were drawn anew."""
-    from distlm.worker.model import initial_model, save_initial_model
+def _make_initial_weights(
+    config: RunConfig, model_config: Any, run: RunFolder, total_steps: int
+) -> tuple[list[str], int]:
+    """Write init/model and, with an adapter, init/adapter. Names of the pretrained weights that were drawn anew, and
+    the number of parameters that are trained."""
+    from distlm.worker.model import head_names, initial_model, save_initial_model
 
     model, drawn = initial_model(config, model_config)
-    if not has_adapter(config):
-        save_initial_model(model, run.init / "model")
-    else:
-        from distlm.worker.initial_adapter import save_with_adapter
+    save_initial_model(model, run.init / "model")
+    trained: Any = model
+    if has_adapter(config):
+        from distlm.worker.adapter import adapter_config, draw_adapter, head_modules, rehearse, save_initial
 
-        save_with_adapter(config, model, bool(drawn), run, total_steps)
-    return drawn
-
-
-def _count_trainable_parameters(config: RunConfig, run: RunFolder) -> int:
-    if not has_adapter(config):
-        return _count_parameters(run.init / "model")
-    from distlm.worker.adapter import count_trainable
-
-    return count_trainable(run.init / "adapter")
+        task_types: dict[str, TaskType] = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+        head = head_modules(model, head_names(model, drawn))
+        settings = adapter_config(
+            config.peft or {}, task_types.get(config.task.type), head, head_is_new=bool(drawn), total_steps=total_steps
+        )
+        adapter = draw_adapter(model, settings, config.seed, head)
+        rehearse(adapter.model, config.data.max_seq_length)
+        trained = adapter.model
+    num_trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    if has_adapter(config):
+        if adapter.changed_base:  # what the exported adapter is for
+            shutil.copytree(run.init / "model", run.init / "base", dirs_exist_ok=True)
+        save_initial(adapter, run.init)  # uses the model up
+    return drawn, num_trainable
 
 
 def _count_parameters(folder: Path) -> int:

@@ -35,7 +35,7 @@ from distlm.tasks import Batch, Task, make_task
 from distlm.tracking.startup import Phase
 from distlm.verify_resume.samples import MicroBatch
 from distlm.worker.attest import Expected, attest, gather_facts
-from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint
+from distlm.worker.checkpoint import CheckpointSaver, Retention, Saved, load_checkpoint, load_method_state
 from distlm.worker.cpu_layers import use_cpu_layers
 from distlm.worker.engine import (
     EngineSettings,
@@ -172,8 +172,10 @@ class Worker:
             config.training.gradient_checkpointing,
             config.training.torch_compile,
             config.task.type,
+            config.model.quantization,
         )
         if has_adapter(config):
+            from distlm.worker.adalora import make_rank_allocation
             from distlm.worker.adapter import load_adapter
 
             model = load_adapter(model, context.run.init / "adapter")
@@ -188,17 +190,22 @@ class Worker:
             adam_epsilon=config.training.adam_epsilon,
         )
         self.engine = prepare(self.accelerator, model, optimizer)
+        self.rank_allocation = make_rank_allocation(self.engine) if has_adapter(config) else None
         self.first_step = 1
         self.patience = Patience(config.training, self._is_greater_better())
         if context.checkpoint is not None:
             manifest = load_checkpoint(self.engine, context.checkpoint, seed=config.seed)
             self.first_step = manifest.step + 1
             self.patience.restore(manifest.progress)
+            if self.rank_allocation is not None:
+                self.rank_allocation.load_state(load_method_state(context.checkpoint, manifest))
         self.saver = CheckpointSaver(
             self.engine,
             CheckpointStore(context.run.checkpoints),
             seed=config.seed,
             asynchronous=saves_beside_training(config.training, prepared.total_steps),
+            reads_back=has_adapter(config),
+            method_state=self.rank_allocation.state if self.rank_allocation is not None else None,
             retention=Retention(
                 config.training.save_total_limit,
                 metric=f"eval/{config.training.metric_for_best_model}",

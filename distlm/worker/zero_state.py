@@ -15,11 +15,13 @@ A name that is missing raises CheckpointError: nothing is skipped, so nothing is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distlm.errors import CheckpointError
@@ -103,6 +105,19 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
             if numel > 0:
                 views = {kind: tensor.narrow(0, offset, numel) for kind, tensor in tensors.items()}
                 yield HeldFragment(names[id(parameter)], start, views)
+
+
+def full_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """The fp32 weight of every trainable parameter, whole, on every rank: for what is small, such as an adapter.
+    Collective."""
+    shapes = trainable_shapes(engine)
+    weights = {name: torch.zeros(math.prod(shape), device=engine.device) for name, shape in shapes.items()}
+    for fragment in fragments(engine):
+        weights[fragment.name][fragment.start : fragment.start + fragment.numel] = fragment.tensors["weight"]
+    if actual_zero_stage(engine) != 0:  # each element is held by one rank
+        for weight in weights.values():
+            dist.all_reduce(weight)
+    return {name: weight.view(shapes[name]) for name, weight in weights.items()}
 
 
 def _address_stage_1_2(parameter: Tensor) -> tuple[int, int, int]:

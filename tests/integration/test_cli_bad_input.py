@@ -99,7 +99,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("name: small", "größe: 3", "run.yaml:1: größe = 3: unknown key; allowed here: name, seed, task, model, "
          "tokenizer, data, training, deepspeed, resources, tracking, profile, runs_dir, env"),
         ("source: files, ", "", "run.yaml:8: data.train.0: needs the key 'source'"),
-        ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'datasets', 'python-docs'"),
+        ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'parallel', 'datasets', 'python-docs'"),
         ("[corpus.jsonl]", "corpus.jsonl", "run.yaml:8: data.train.0.paths = corpus.jsonl: must be a list, such as [a, b]"),
         ("[corpus.jsonl]", "[]", "run.yaml:8: data.train.0.paths: must not be an empty list"),
         ("name: small", "name: 2026", "run.yaml:1: name = 2026: must be text; put it in quotes"),

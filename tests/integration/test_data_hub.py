@@ -19,6 +19,7 @@ from distlm.data import hub
 from distlm.data.cache import fingerprint
 from distlm.data.notes import notes
 from distlm.data.prepare import prepare_data
+from distlm.data.sources import SourceReader, files_of
 from distlm.errors import InfrastructureError, InputError
 
 
@@ -64,17 +65,17 @@ def test_copying_goes_on_where_it_was_killed(data_set: Path, cache: Path, monkey
     monkeypatch.setattr(hub, "_PART_BYTES", 3000)
     source = HubDataset(str(data_set))
     read: list[int] = []
-    texts = hub._Copy._texts
+    copied_rows = hub._Copy._rows
 
-    def break_off(copy: hub._Copy, rows: Any) -> Iterator[str]:
-        for number, value in enumerate(texts(copy, rows)):
+    def break_off(copy: hub._Copy, rows: Any) -> Iterator[dict[str, Any]]:
+        for number, value in enumerate(copied_rows(copy, rows)):
             if number == 150:
                 raise KeyboardInterrupt
             read.append(number)
             yield value
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub._Copy, "_texts", break_off)
+        patch.setattr(hub._Copy, "_rows", break_off)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 prepare_data(Data([source]), TRAIN_TOKENIZER, cache)
@@ -88,9 +89,8 @@ def test_copying_goes_on_where_it_was_killed(data_set: Path, cache: Path, monkey
 
 def copied(source: HubDataset, cache: Path) -> list[str]:
     cache.mkdir(parents=True, exist_ok=True)
-    return [
-        piece.text for piece in hub.copy_dataset("data.train.0", source, cache, lambda progress: None, None).pieces()
-    ]
+    copy = hub.copy_dataset("data.train.0", source, cache, lambda progress: None, None)
+    return [piece.text for piece in SourceReader(copy.files, files_of(copy.files))]
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "state.json", "rename"])
@@ -128,13 +128,13 @@ def test_a_failure_of_the_network_or_the_disk_keeps_what_is_copied(
     data_set: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, where: str
 ) -> None:
     monkeypatch.setattr(hub, "_PART_BYTES", 3000)
-    texts = hub._Copy._texts
+    copied_rows = hub._Copy._rows
 
     def fail(*arguments: Any, **more: Any) -> Any:
         raise error
 
-    def break_off(copy: hub._Copy, rows: Any) -> Iterator[str]:
-        for number, value in enumerate(texts(copy, rows)):
+    def break_off(copy: hub._Copy, rows: Any) -> Iterator[dict[str, Any]]:
+        for number, value in enumerate(copied_rows(copy, rows)):
             if number == 150:
                 copy._explained(fail)
             yield value
@@ -143,7 +143,7 @@ def test_a_failure_of_the_network_or_the_disk_keeps_what_is_copied(
         if where == "load":
             patch.setattr(datasets, "load_dataset", fail)
         else:
-            patch.setattr(hub._Copy, "_texts", break_off)
+            patch.setattr(hub._Copy, "_rows", break_off)
         with pytest.raises(InfrastructureError):
             copied(HubDataset(str(data_set)), cache)
     (partial,) = cache.glob("dataset-*.partial")

@@ -25,6 +25,7 @@ from data_settings import (
     TRAIN_TOKENIZER,
     Data,
     Files,
+    HubDataset,
     PythonDocs,
     TokenizerSettings,
     Train,
@@ -35,8 +36,9 @@ from data_settings import (
 )
 from transformers import AutoTokenizer
 
-from distlm.data import corpus, prepare, readers, sources
+from distlm.data import corpus, hub, prepare, readers, sources
 from distlm.data.cache import LOCK, make_folder
+from distlm.data.corpus import CorpusSource
 from distlm.data.encode import Encoder
 from distlm.data.notes import notes
 from distlm.data.pack import PackedDataset
@@ -98,6 +100,27 @@ def test_every_change_of_content_or_settings_is_prepared_anew(data: Data, cache:
     assert is_new(data)
     os.utime(tmp_path / "corpus.jsonl", ns=(1, 1))
     assert is_new(data)
+
+
+def test_what_names_the_data_in_the_cache_changes_with_no_key_that_is_not_given(tmp_path: Path) -> None:
+    """Else a run that began before the key was there would not find its data again."""
+    paths = [str(write_corpus(tmp_path / "a.jsonl").paths[0])]
+    source = Files(paths)
+    settings = CorpusSource("data.train.0", source, source).settings
+    assert json.dumps(settings) == json.dumps(
+        {
+            "source": "files",
+            "paths": paths,
+            "text_column": "text",
+            "encoding": "utf-8",
+            "encoding_errors": "replace",
+            "max_documents": None,
+        }
+    )
+    told = {CorpusSource("a", one, one).settings.get("format") for one in (source, replace(source, format="jsonl"))}
+    assert told == {None, "jsonl"}
+    data_set = HubDataset("a/b", label_column="x")
+    assert hub._what_is_read(data_set) == ["a/b", None, "train", None, None, "text", None, 1.0, []]
 
 
 def test_held_out_documents_are_chosen_by_their_number_alone(data: Data, cache: Path, tmp_path: Path) -> None:

@@ -157,6 +157,15 @@ def test_a_wrong_key_or_value_is_named_with_its_line(
             "data.train.0.split",
             "set streaming: false",
         ),
+        (["data.train.0.label_column=label"], "data.train.0.label_column", "no meaning for the task masked-lm"),
+        (
+            ["data.validation=[{source: python-docs, text_pair_column: b}]"],
+            "data.validation.0.text_pair_column",
+            "no meaning for the task masked-lm",
+        ),
+        (["data.train=[{source: parallel, columns: {text: a}}]"], "data.train.0.source", "is for tasks with labels"),
+        (["data.train.0.format=conll"], "data.train.0.format", "words with labels"),
+        (["data.train.0.delimiter=ab"], "data.train.0.delimiter", "must be one character"),
         (["data.train.0.path=a"], "data.train.0.path", "did you mean data.train.0.paths?"),
         (
             ["data.train=[{source: datasets, path: a/b, textcolumn: b}]"],
