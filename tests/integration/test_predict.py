@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from labelled_runs import LabelledRun, make_runs, reviews, sentences, write_conll, write_csv, write_jsonl
+from labelled_runs import LabelledRun, reviews, sentences, write_conll, write_csv, write_jsonl
 from tiny_runs import make_base
 
 from distlm.errors import CheckpointError, ExitCode
@@ -27,11 +27,6 @@ from distlm.tasks.tags import TagScheme
 from distlm.worker.trained_model import load_trained_model
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LabelledRun]:
-    return make_runs(tmp_path_factory.mktemp("labelled"))
 
 
 def environment() -> dict[str, str]:
@@ -98,9 +93,9 @@ def metrics_in_training(trained: LabelledRun, step: int) -> dict[str, float]:
 @pytest.mark.parametrize("name", ["single", "pair", "multi", "regression", "words"])
 @pytest.mark.parametrize("step", [6, 12])
 def test_an_evaluation_gives_what_training_gave(
-    name: str, step: int, runs: dict[str, LabelledRun], capsys: pytest.CaptureFixture[str]
+    name: str, step: int, labelled_runs: dict[str, LabelledRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = runs[name]
+    trained = labelled_runs[name]
     text = in_process(capsys, "evaluate", trained.run, trained.validation, "--step", step, "--json")
     found = json.loads(text)
     expected = metrics_in_training(trained, step)
@@ -110,9 +105,9 @@ def test_an_evaluation_gives_what_training_gave(
 
 @pytest.mark.parametrize("name", ["single", "pair"])
 def test_labels_and_scores(
-    name: str, runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = runs[name]
+    trained = labelled_runs[name]
     in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.jsonl", "--step", 6)
     rows = rows_of(tmp_path / "p.jsonl")
     right = [row["label"] == row["predicted_label"] for row in rows]
@@ -124,8 +119,10 @@ def test_labels_and_scores(
     assert sorted(tmp_path.iterdir()) == [tmp_path / "p.jsonl"]
 
 
-def test_several_labels(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = runs["multi"]
+def test_several_labels(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = labelled_runs["multi"]
     for name in ("p.jsonl", "p.csv", "p.parquet"):
         in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / name)
     rows = rows_of(tmp_path / "p.jsonl")
@@ -139,16 +136,18 @@ def test_several_labels(runs: dict[str, LabelledRun], tmp_path: Path, capsys: py
     assert pq.read_table(tmp_path / "p.parquet").to_pylist() == rows
 
 
-def test_numbers(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = runs["regression"]
+def test_numbers(labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = labelled_runs["regression"]
     in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.tsv")
     rows = rows_of(tmp_path / "p.tsv")
     errors = [float(row["prediction"]) - float(row["stars"]) for row in rows]
     assert np.mean(np.square(errors)) == pytest.approx(metrics_in_training(trained, 12)["mse"], rel=1e-4)
 
 
-def test_labels_of_words(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = runs["words"]
+def test_labels_of_words(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = labelled_runs["words"]
     for name in ("p.jsonl", "p.conll", "p.csv"):
         in_process(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / name)
     rows = rows_of(tmp_path / "p.jsonl")
@@ -167,58 +166,64 @@ def test_labels_of_words(runs: dict[str, LabelledRun], tmp_path: Path, capsys: p
 
 
 def test_quotes_line_ends_and_empty_texts(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ['He said "great",\nand left', "", "  ", "line\r\nend", "great " * 10_000, "\u2028 ü 漢字", "ends in a \\"]
     data = write_csv(tmp_path / "in.csv", [{"id": 7, "text": text, "label": "", "stars": ","} for text in texts])
-    in_process(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "p.csv")
+    in_process(capsys, "predict", labelled_runs["single"].run, data, "--out", tmp_path / "p.csv")
     rows = rows_of(tmp_path / "p.csv")
     assert [row["text"] for row in rows] == texts
     assert {row["predicted_label"] for row in rows} <= {"pos", "neg"} and {row["stars"] for row in rows} == {","}
-    refused = refusal(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "p.tsv")
+    refused = refusal(capsys, "predict", labelled_runs["single"].run, data, "--out", tmp_path / "p.tsv")
     assert refused.startswith(f"{data}:2: the row holds a tab or a line end")
-    again = in_process(capsys, "evaluate", runs["single"].run, tmp_path / "p.csv", "--label-column", "predicted_label")
+    again = in_process(
+        capsys, "evaluate", labelled_runs["single"].run, tmp_path / "p.csv", "--label-column", "predicted_label"
+    )
     assert ["accuracy", "1"] in [line.split() for line in again.splitlines()], "what is written can be read"
 
 
 def test_texts_of_many_words_and_of_none(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for sentence, _ in sentences(1500, 3) for word in sentence][:10_000]
     texts: list[Any] = [words, [], "Ann met Bo", None, ["", "\u200b", "x" * 500], ["Ann"]]
     data = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    in_process(capsys, "predict", runs["words"].run, data, "--out", tmp_path / "p.jsonl")
+    in_process(capsys, "predict", labelled_runs["words"].run, data, "--out", tmp_path / "p.jsonl")
     labels = [row["labels"] for row in rows_of(tmp_path / "p.jsonl")]
     assert [len(found) for found in labels] == [10_000, 0, 3, 0, 3, 1]
     assert all(label for found in labels for label in found), "no word is lost"
     # Sentences inside a long text are labelled as they are alone, but near the edges of the windows.
     short = write_conll(tmp_path / "one.conll", sentences(1, 3))
-    in_process(capsys, "predict", runs["words"].run, short, "--out", tmp_path / "one.jsonl")
+    in_process(capsys, "predict", labelled_runs["words"].run, short, "--out", tmp_path / "one.jsonl")
     assert len(rows_of(tmp_path / "one.jsonl")[0]["labels"]) == 7
 
 
 def test_columns_of_other_names(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.txt").write_text("The film was great\n\nThe film was dull\n")
-    in_process(capsys, "predict", runs["single"].run, tmp_path / "in.txt", "--out", tmp_path / "a.jsonl")
+    in_process(capsys, "predict", labelled_runs["single"].run, tmp_path / "in.txt", "--out", tmp_path / "a.jsonl")
     assert [row["text"] for row in rows_of(tmp_path / "a.jsonl")] == ["The film was great", "The film was dull"]
     (tmp_path / "in.csv").write_text("1;The film was great\n2;The film was dull\n")
     layout = ["--delimiter", ";", "--column-names", "n,review", "--text-column", "review"]
-    in_process(capsys, "predict", runs["single"].run, tmp_path / "in.csv", "--out", tmp_path / "b.jsonl", *layout)
+    in_process(
+        capsys, "predict", labelled_runs["single"].run, tmp_path / "in.csv", "--out", tmp_path / "b.jsonl", *layout
+    )
     both = [rows_of(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     assert [row["score"] for row in both[0]] == [row["score"] for row in both[1]]
     assert list(both[1][0]) == ["n", "review", "label", "score"]
     rows = [{"text": "a", "label": 1, "predicted_label": 2}, {"text": "b", "extra": {"x": [1]}}]
     data = write_jsonl(tmp_path / "in.jsonl", rows)
-    in_process(capsys, "predict", runs["single"].run, data, "--out", tmp_path / "c.jsonl")
+    in_process(capsys, "predict", labelled_runs["single"].run, data, "--out", tmp_path / "c.jsonl")
     found = rows_of(tmp_path / "c.jsonl")
     assert [{key: row[key] for key in before} for row, before in zip(found, rows, strict=True)] == rows
     assert all("predicted_predicted_label" in row for row in found)
 
 
-def test_bad_rows_are_named(runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, out = runs["single"].run, ["--out", tmp_path / "p.jsonl"]
+def test_bad_rows_are_named(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = labelled_runs["single"].run, ["--out", tmp_path / "p.jsonl"]
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"txt": "b"}])
     refused = refusal(capsys, "predict", run, data, *out)
     assert refused.startswith(f"{data}:2: --text-column: no column 'text'; the columns are 'txt'")
@@ -237,13 +242,14 @@ def test_bad_rows_are_named(runs: dict[str, LabelledRun], tmp_path: Path, capsys
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_gone_on(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
-    trained = runs["single"]
-    data = write_csv(tmp_path / "in.csv", reviews(9000, 5))
-    done = distlm("predict", trained.run.path, data, "--out", tmp_path / "whole.csv")
-    assert done.returncode == 0, done.stderr
+def test_killed_and_gone_on(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = labelled_runs["single"].run
+    data = write_csv(tmp_path / "in.csv", reviews(6 * parts.ROWS_PER_PART - 5, 5))
+    in_process(capsys, "predict", run, data, "--out", tmp_path / "whole.csv")
     output = tmp_path / "p.csv"
-    command = [sys.executable, "-m", "distlm.cli", "predict", trained.run.path, data, "--out", output]
+    command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output]
     with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 200
         while not (tmp_path / "p.csv.parts" / "part-000001.jsonl").exists():
@@ -255,34 +261,34 @@ def test_killed_and_gone_on(runs: dict[str, LabelledRun], tmp_path: Path) -> Non
     written_ns = first.stat().st_mtime_ns
     left = shutil.copytree(tmp_path / "p.csv.parts", tmp_path / "q.csv.parts")
 
-    done = distlm("predict", trained.run.path, data, "--out", output)
-    assert done.returncode == 0 and "going on: " in done.stderr, done.stderr
+    code, out, err = ended(capsys, "predict", run, data, "--out", output)
+    assert code == 0 and "going on: " in err, err
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not (tmp_path / "p.csv.parts").exists()
 
     # Of another step, the parts are no use.
     assert (left / first.name).stat().st_mtime_ns == written_ns
-    done = distlm("predict", trained.run.path, data, "--out", tmp_path / "q.csv", "--step", "6")
-    assert done.returncode == 0 and "beginning anew" in done.stderr and "step 6 of" in done.stdout
+    code, out, err = ended(capsys, "predict", run, data, "--out", tmp_path / "q.csv", "--step", "6")
+    assert code == 0 and "beginning anew" in err and "step 6 of" in out
     assert (tmp_path / "q.csv").read_bytes() != output.read_bytes()
-    done = distlm("predict", trained.run.path, data, "--out", output)
-    assert done.returncode == ExitCode.BAD_INPUT and "exists; remove it" in done.stderr
+    assert "exists; remove it" in refusal(capsys, "predict", run, data, "--out", output)
 
 
-def test_two_workers(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
-    trained = runs["words"]
+def test_two_workers(labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = labelled_runs["words"]
     data = write_conll(tmp_path / "in.conll", sentences(3 * parts.ROWS_PER_PART - 1000, 4))
-    for name, workers in (("one.conll", 1), ("two.conll", 2)):
-        done = distlm("predict", trained.run.path, data, "--out", tmp_path / name, "--workers", workers)
-        assert done.returncode == 0 and done.stderr == "", done.stderr
+    in_process(capsys, "predict", trained.run, data, "--out", tmp_path / "one.conll")
+    done = distlm("predict", trained.run.path, data, "--out", tmp_path / "two.conll", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("distlm: ") for line in done.stderr.splitlines()), done.stderr
     assert (tmp_path / "two.conll").read_bytes() == (tmp_path / "one.conll").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.conll", "one.conll", "two.conll"]
 
 
 def test_parts_of_others_are_left_alone(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = runs["single"]
+    trained = labelled_runs["single"]
     (tmp_path / "p.csv.parts").mkdir()
     refused = refusal(capsys, "predict", trained.run, trained.validation, "--out", tmp_path / "p.csv")
     assert "p.csv.parts is in the way" in refused
@@ -296,58 +302,60 @@ def test_parts_of_others_are_left_alone(
 
 
 def test_labels_that_training_did_not_have(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = reviews(30, 9)
     for row in rows[:3]:
         row["label"] = "neutral"
     files = [write_csv(tmp_path / "a.csv", rows[:15]), write_csv(tmp_path / "b.csv", rows[15:])]
-    text = in_process(capsys, "evaluate", runs["single"].run, *files, "--out", tmp_path / "tables")
+    text = in_process(capsys, "evaluate", labelled_runs["single"].run, *files, "--out", tmp_path / "tables")
     assert "on 30 rows of" in text and text.count("\n") > 8
     assert "labels that training did not have, which count as wrong: neutral (3)" in text
     assert "neutral" in (tmp_path / "tables" / "per_label.csv").read_text()
-    found = json.loads(in_process(capsys, "evaluate", runs["single"].run, *files, "--json"))
+    found = json.loads(in_process(capsys, "evaluate", labelled_runs["single"].run, *files, "--json"))
     assert found["unknown_labels"] == {"neutral": 3} and found["metrics"]["accuracy"] <= 0.9
     rows[0]["labels"] = ["good", "new"]
     data = write_jsonl(tmp_path / "c.jsonl", rows)
-    found = json.loads(in_process(capsys, "evaluate", runs["multi"].run, data, "--json"))
+    found = json.loads(in_process(capsys, "evaluate", labelled_runs["multi"].run, data, "--json"))
     assert found["unknown_labels"] == {"new": 1}
 
 
 def test_tags_in_another_scheme(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = sentences(20, 8)
     bioes = [(words, [tag.replace("B-", "S-") for tag in tags]) for words, tags in rows]
     found = [
-        json.loads(in_process(capsys, "evaluate", runs["words"].run, write_conll(tmp_path / name, some), "--json"))
+        json.loads(
+            in_process(capsys, "evaluate", labelled_runs["words"].run, write_conll(tmp_path / name, some), "--json")
+        )
         for name, some in (("iob2.conll", rows), ("bioes.conll", bioes))
     ]
     assert found[0]["metrics"] == found[1]["metrics"] and found[1]["unknown_labels"] == {}
     strange = write_conll(tmp_path / "pos.conll", [(["Ann"], ["NNP"])])
-    assert "the data has others: 'NNP'" in refusal(capsys, "evaluate", runs["words"].run, strange)
+    assert "the data has others: 'NNP'" in refusal(capsys, "evaluate", labelled_runs["words"].run, strange)
 
 
 def test_runs_that_cannot_be_used(
-    runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = make_base(tmp_path / "masked")
     base.run.run_yaml.write_text("task: {type: masked-lm}\n")
     for verb in ("predict", "evaluate"):
         arguments = ["--out", tmp_path / "p.jsonl"] if verb == "predict" else []
-        refused = refusal(capsys, verb, base.run, runs["single"].validation, *arguments)
+        refused = refusal(capsys, verb, base.run, labelled_runs["single"].validation, *arguments)
         assert "trains masked-lm" in refused and "fill-mask" in refused
-    refused = refusal(capsys, "evaluate", runs["single"].run, runs["single"].validation, "--step", 7)
+    refused = refusal(capsys, "evaluate", labelled_runs["single"].run, labelled_runs["single"].validation, "--step", 7)
     assert refused == "run single has no checkpoint of step 7; it has 6, 12"
 
 
-def test_a_checkpoint_of_another_model(runs: dict[str, LabelledRun], tmp_path: Path) -> None:
-    shutil.copytree(runs["single"].run.path, tmp_path / "single")
+def test_a_checkpoint_of_another_model(labelled_runs: dict[str, LabelledRun], tmp_path: Path) -> None:
+    shutil.copytree(labelled_runs["single"].run.path, tmp_path / "single")
     shutil.rmtree(tmp_path / "single" / "init" / "model")
-    shutil.copytree(runs["multi"].run.init / "model", tmp_path / "single" / "init" / "model")
+    shutil.copytree(labelled_runs["multi"].run.init / "model", tmp_path / "single" / "init" / "model")
     model, tokenizer, step = load_trained_model(RunFolder(tmp_path / "single"), "last")  # the shapes are the same
     assert step == 12 and len(tokenizer) and not model.training
     shutil.rmtree(tmp_path / "single" / "init" / "model")
-    shutil.copytree(runs["regression"].run.init / "model", tmp_path / "single" / "init" / "model")
+    shutil.copytree(labelled_runs["regression"].run.init / "model", tmp_path / "single" / "init" / "model")
     with pytest.raises(CheckpointError, match=r"classifier.* has the shape \[2"):
         load_trained_model(RunFolder(tmp_path / "single"), "last")
