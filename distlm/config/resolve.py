@@ -349,6 +349,10 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
         for name in settings:
             if name not in LORA_KEYS:
                 yield Problem(f"unknown key of PEFT's LoraConfig; {nearest_name(name, LORA_KEYS)}", f"peft.{name}")
+    is_adalora = str((settings or {}).get("peft_type")).lower() == "adalora"
+    if is_adalora and config.training.mixed_precision == "fp16":
+        message = "its penalty is not scaled with the loss, as fp16 needs it; set training.mixed_precision to bf16"
+        yield Problem(message, "peft.peft_type", "adalora")
     if has_adapter(config) and config.model.config is not None:
         message = "an adapter is trained beside pretrained weights; give model.name_or_path, or leave peft out"
         yield Problem(message, "peft")

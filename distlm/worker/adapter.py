@@ -328,7 +328,7 @@ def _read_peft_format(peft_model: PeftModel, folder: Path) -> None:
     """The weights of an adapter that PEFT has saved, in place of those drawn. Raises InputError if they do not fit."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    key = "model.adapter"
+    key = "peft.adapter_name_or_path"
     trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     prompt = {name for name in trainable if name.startswith("prompt_encoder.")}
     if len(prompt) > 1:
@@ -344,6 +344,23 @@ def _read_peft_format(peft_model: PeftModel, folder: Path) -> None:
         raise InputError(Problem(f"{message}, such as {name}", key, str(folder)))
 
 
+def adapter_folder(name_or_path: str) -> tuple[Path, str]:
+    """Where an adapter in PEFT's format is, downloaded if it is on the Hub, and PEFT's name of its method.
+
+    Raises InputError if there is none.
+    """
+    try:
+        peft_type = str(PeftConfig.from_pretrained(name_or_path).peft_type)
+        if Path(name_or_path).is_dir():
+            return Path(name_or_path), peft_type
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name_or_path)), peft_type
+    except Exception as error:  # broken files and the Hub's absence make PEFT raise errors of many kinds
+        key = "peft.adapter_name_or_path"
+        raise InputError(Problem(f"is no PEFT adapter: {_first_line(error)}", key, name_or_path)) from error
+
+
 def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -> PeftConfig:
     """The config of an adapter that PEFT has saved, to train it further.
 
@@ -354,7 +371,7 @@ def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -
     Raises:
         InputError: there is no adapter, or it is not what the settings say, by key.
     """
-    key = "model.adapter"
+    key = "peft.adapter_name_or_path"
     try:
         earlier = PeftConfig.from_pretrained(str(folder))
     except Exception as error:

@@ -375,13 +375,17 @@ def load_model(
         folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True, **others
     )
     if gradient_checkpointing:
-        # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     if torch_compile:
         # The encoder alone, in place, so that no name changes: the head sees another number of tokens at each call.
         model.base_model.compile()
     model.train()
     return model
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    # The reentrant variant loses gradients of inputs that need none; the other one is torch's recommendation.
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def parameter_aliases(folder: Path, task: str) -> dict[str, list[str]]:

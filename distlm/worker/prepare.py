@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distlm.data.notes import Report
     from distlm.data.order import SampleOrder
     from distlm.data.prepare import DataInfo
-    from distlm.worker.adapter import TaskType
+    from distlm.worker.adapter import Adapter, TaskType
     from distlm.worker.model import Head
 
 logger = logging.getLogger(__name__)
@@ -359,20 +359,17 @@ def _make_initial_weights(
 ) -> tuple[list[str], int]:
     """Write init/model and, with an adapter, init/adapter. Names of the pretrained weights that were drawn anew, and
     the number of parameters that are trained."""
-    from distlm.worker.model import head_names, initial_model, save_initial_model
+    from distlm.worker.model import enable_gradient_checkpointing, head_names, initial_model, save_initial_model
 
     model, drawn = initial_model(config, model_config)
     save_initial_model(model, run.init / "model")
     trained: Any = model
     if has_adapter(config):
-        from distlm.worker.adapter import adapter_config, draw_adapter, head_modules, rehearse, save_initial
+        from distlm.worker.adapter import rehearse, save_initial
 
-        task_types: dict[str, TaskType] = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
-        head = head_modules(model, head_names(model, drawn))
-        settings = adapter_config(
-            config.peft or {}, task_types.get(config.task.type), head, head_is_new=bool(drawn), total_steps=total_steps
-        )
-        adapter = draw_adapter(model, settings, config.seed, head)
+        if config.training.gradient_checkpointing:
+            enable_gradient_checkpointing(model)  # which some methods cannot do
+        adapter = _draw_adapter(config, model, head_names(model, drawn), bool(drawn), total_steps)
         rehearse(adapter.model, config.data.max_seq_length)
         trained = adapter.model
     num_trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
@@ -381,6 +378,28 @@ def _make_initial_weights(
             shutil.copytree(run.init / "model", run.init / "base", dirs_exist_ok=True)
         save_initial(adapter, run.init)  # uses the model up
     return drawn, num_trainable
+
+
+def _draw_adapter(config: RunConfig, model: Any, head: list[str], head_is_new: bool, total_steps: int) -> Adapter:
+    """The adapter of the config on a model, or an earlier one that is trained further."""
+    from distlm.worker.adapter import adapter_config, adapter_folder, draw_adapter, earlier_config, head_modules
+
+    settings = dict(config.peft or {})
+    source = None
+    if (name := settings.pop("adapter_name_or_path", None)) is not None:
+        source, peft_type = adapter_folder(str(name))
+        settings.setdefault("peft_type", peft_type)
+    task_types: dict[str, TaskType] = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+    peft_config = adapter_config(
+        settings,
+        task_types.get(config.task.type),
+        head_modules(model, head),
+        head_is_new=head_is_new,
+        total_steps=total_steps,
+    )
+    if source is not None:
+        peft_config = earlier_config(source, settings, peft_config)
+    return draw_adapter(model, peft_config, config.seed, head, source)
 
 
 def _count_parameters(folder: Path) -> int:
