@@ -39,7 +39,11 @@ def test_speed_leaves_evaluation_and_checkpoints_out() -> None:
         timer.count(num_samples=6)
     with timer.paused():
         clock.now_s += 50.0
-    assert timer.collect(num_tokens=1200) == {"time/step_s": 3.0, "throughput/tokens_per_s": 200.0, "throughput/samples_per_s": 2.0}
+    assert timer.collect(num_tokens=1200) == {
+        "time/step_s": 3.0,
+        "throughput/tokens_per_s": 200.0,
+        "throughput/samples_per_s": 2.0,
+    }
     assert timer.collect(num_tokens=0) == {}
     clock.now_s += 2.0
     timer.count(num_samples=6)
