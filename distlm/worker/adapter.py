@@ -350,7 +350,7 @@ def adapter_folder(name_or_path: str) -> tuple[Path, str]:
     Raises InputError if there is none.
     """
     try:
-        peft_type = str(PeftConfig.from_pretrained(name_or_path).peft_type)
+        peft_type = str(PeftConfig.from_pretrained(name_or_path).peft_type.value)
         if Path(name_or_path).is_dir():
             return Path(name_or_path), peft_type
         from huggingface_hub import snapshot_download

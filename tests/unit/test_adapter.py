@@ -19,6 +19,7 @@ from distlm.errors import CheckpointError, InputError
 from distlm.worker.adapter import (
     InitialTensors,
     adapter_config,
+    adapter_folder,
     draw_adapter,
     earlier_config,
     head_modules,
@@ -294,6 +295,7 @@ def test_an_earlier_adapter_is_trained_further(tmp_path: Path) -> None:
     (folder := tmp_path / "earlier").mkdir()
     export_adapter(model, folder, "base", InitialTensors(init / "adapter"))
 
+    assert adapter_folder(str(folder)) == (folder, "LORA"), "the method need not be told again"
     settings = {"peft_type": "lora", "r": 4, "target_modules": "all-linear"}
     earlier = earlier_config(folder, settings, config(**settings))
     adapter = draw_adapter(load_base(init / "model", "SEQ_CLS"), earlier, 9, CLASSIFIER, source=folder)
