@@ -102,12 +102,12 @@ def sources(train: Path, validation: Path) -> dict[str, Any]:
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny pretrained BERT with its tokenizer."""
+    """A tiny BERT with its tokenizer; its weights are drawn so large that few steps teach an adapter something."""
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -416,12 +416,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "name": "reviews",
         "task": TEXT,
         "model": {"name_or_path": "./model"},
-        "peft": LORA,
+        "peft": {**LORA, "r": 8},
         "data": {**sources(*files), "max_seq_length": 16},
         "training": {
-            **training, "learning_rate": 2e-2, "max_steps": 60, "eval_steps": 2, "save_steps": 50,
-            "mixed_precision": "bf16", "metric_for_best_model": "accuracy", "early_stopping_patience": 2,
-            "save_total_limit": 2,
+            **training, "learning_rate": 1e-2, "max_steps": 60, "eval_steps": 5, "save_steps": 50,
+            "metric_for_best_model": "accuracy", "early_stopping_patience": 3, "save_total_limit": 2,
         },
         "deepspeed": {"zero_stage": 3},
         "resources": {"num_workers": NUM_WORKERS, "device": "cpu"},
@@ -436,7 +435,7 @@ def test_a_run_of_lora_with_ray(place: Place) -> None:
     command = place.start("submit", "run.yaml")
     assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
     run = command.run
-    assert "training ends after step" in command.out and "was no better in 2 evaluations" in command.out
+    assert "training ends after step" in command.out and "was no better in 3 evaluations" in command.out
     store = CheckpointStore(run.checkpoints)
     last, best = store.checkpoints()[0], store.best("eval/accuracy", greater_is_better=True)
     assert best is not None and last.step < 60
@@ -462,16 +461,16 @@ def test_a_run_of_lora_with_ray(place: Place) -> None:
     np.testing.assert_allclose([row["score"] for row in rows], scores.numpy(), atol=1e-4)
     right = np.mean([row["label"] == row["predicted_label"] for row in rows])
     recorded = store.manifest(best).metrics["eval/accuracy"]
-    assert right == pytest.approx(recorded, abs=0.03), "bf16 in training"
+    assert right == recorded == 1.0
 
     # MLflow has metrics and tables.
     tracked = place.mlflow_run(run)
     assert tracked.info.status == "FINISHED"
     names = {"eval/loss", "eval/accuracy", "eval/f1", "eval/matthews_correlation", "train/loss"}
     assert names <= tracked.data.metrics.keys()
-    assert tracked.data.params["peft.peft_type"] == "lora" and tracked.data.params["peft.r"] == "4"
+    assert tracked.data.params["peft.peft_type"] == "lora" and tracked.data.params["peft.r"] == "8"
     steps = [point.step for point in place.client.get_metric_history(tracked.info.run_id, "eval/accuracy")]
-    assert steps == list(range(2, last.step + 1, 2))
+    assert steps == list(range(5, last.step + 1, 5))
     artifacts = {name for folder in artifact_folders(place, tracked.info.run_id) for name in folder}
     assert {"per_label.csv", "confusion_matrix.csv", "report.md"} <= artifacts
 
