@@ -114,7 +114,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     before = read_json(run.init / "prepared.json")
     if before is not None:
-        _check_same_format(before["data_info"])
+        _check_same_format(before["data_info"], config.task.type)
         kept = run.init / "tokenizer"
         if tokenizer_config.train and kept.exists():  # the cache may be gone, and training again may give another
             tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": str(kept), "train": None})
@@ -242,12 +242,13 @@ def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
 _NOT_THE_SAME = "is not what this run began with, so its samples cannot be continued; submit a new run"
 
 
-def _check_same_format(info: dict[str, Any]) -> None:
-    from distlm.data.prepare import FORMAT_VERSION
+def _check_same_format(info: dict[str, Any], task: str) -> None:
+    from distlm.data import labelled, prepare
 
-    if info["format_version"] != FORMAT_VERSION:
+    version = prepare.FORMAT_VERSION if task == "masked-lm" else labelled.FORMAT_VERSION
+    if info["format_version"] != version:
         message = (
-            f"as this version of distlm prepares it (format {FORMAT_VERSION}, the run has {info['format_version']}) "
+            f"as this version of distlm prepares it (format {version}, the run has {info['format_version']}) "
             f"{_NOT_THE_SAME}, or resume with the version that it began with"
         )
         raise InputError(Problem(message, "data"))
