@@ -309,6 +309,9 @@ def _task(config: RunConfig) -> Iterator[Problem]:
         yield Problem(message, "tokenizer.train")
     if task.labels is not None and len(set(task.labels)) < len(task.labels):
         yield Problem("names a label twice", "task.labels")
+    is_choice = problem_kind(config) in ("single_label_classification", "token-classification")
+    if is_choice and task.labels is not None and len(task.labels) == 1:
+        yield Problem("names one label; there is nothing to tell apart", "task.labels", task.labels[0])
     if isinstance(task.class_weights, dict) and task.labels is not None:
         for name in task.class_weights:
             if name not in task.labels:
