@@ -1,6 +1,7 @@
 """`run:RUN` and `run:RUN@STEP` in a config: what another run has trained, in place of a folder or a Hub name.
 
-A run keeps what it began with: when it is submitted, the reference is written out as `run:RUN_ID@STEP`.
+A run keeps what it began with: when it is submitted, the reference is written out as `run:RUN_ID@STEP`, or with the
+folder of a run that is elsewhere.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class RunReference:
     run: RunFolder
     step: int
 
-    def __str__(self) -> str:
-        return f"{PREFIX}{self.run.run_id}@{self.step}"
+    def text(self, runs_dir: Path) -> str:
+        """The reference written out: by the run's id, or by its folder where that is not in `runs_dir`."""
+        name = self.run.run_id if self.run.runs_dir == runs_dir.absolute() else self.run.path
+        return f"{PREFIX}{name}@{self.step}"
 
 
 def resolve_reference(text: str, runs_dir: Path) -> RunReference | None:
@@ -79,10 +82,10 @@ def check_references(config: RunConfig) -> Iterator[Problem]:
 
 def pin_references(loaded: LoadedConfig) -> LoadedConfig:
     """The config with each reference written out in full. Raises InputError where there is no such run."""
-    overrides = []
+    overrides, runs_dir = [], Path(loaded.config.runs_dir)
     for key, text in _texts(loaded.config):
-        if (reference := resolve_reference(text, Path(loaded.config.runs_dir))) is not None:
-            overrides.append(f"{key}={reference}")
+        if (reference := resolve_reference(text, runs_dir)) is not None:
+            overrides.append(f"{key}={reference.text(runs_dir)}")
     return replace(load_tree(loaded.raw, overrides), origins=loaded.origins) if overrides else loaded
 
 

@@ -81,7 +81,9 @@ class WordEncoder:
     """Tokens of words, in samples of at most `max_seq_length` tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> None:
-        self._backend = _with_blanks(tokenizer)
+        self._backend = _plain_backend(tokenizer)
+        # To a tokenizer of bytes the blank before a word is a part of it.
+        self._before_word = " " if _is_byte_level(json.loads(self._backend.to_str())["pre_tokenizer"]) else ""
         self._layout = BlockLayout.of(tokenizer, max_seq_length)
         # A word of characters that the tokenizer drops is a word still, and has a label.
         self._nothing = self._layout.pad if self._layout.unknown is None else self._layout.unknown
@@ -89,7 +91,9 @@ class WordEncoder:
     def windows(self, texts: Sequence[Sequence[str]], first_text: int = 0) -> Iterator[list[Window]]:
         """The windows of each text, at least one, also of a text without words; texts count from `first_text`."""
         encodings = self._backend.encode_batch(
-            [list(words) for words in texts], is_pretokenized=True, add_special_tokens=False
+            [[f"{self._before_word}{word}" for word in words] for words in texts],
+            is_pretokenized=True,
+            add_special_tokens=False,
         )
         length = self._layout.body_length
         for number, (words, encoding) in enumerate(zip(texts, encodings, strict=True), start=first_text):
@@ -128,7 +132,8 @@ def _cut(tokens: list[list[int]], length: int) -> Iterator[tuple[list[list[int]]
             yield tokens[start:end], start, range(labelled, end)
             return
         following, size = end, 0
-        while following > start + 1 and size + len(tokens[following - 1]) <= length // _SHARED_FRACTION:
+        shared = min(length // _SHARED_FRACTION, length - len(tokens[end]))  # so that the next word has room
+        while following > start + 1 and size + len(tokens[following - 1]) <= shared:
             following -= 1
             size += len(tokens[following])
         middle = (following + end + 1) // 2
@@ -136,26 +141,19 @@ def _cut(tokens: list[list[int]], length: int) -> Iterator[tuple[list[list[int]]
         start, labelled = following, middle
 
 
-def _with_blanks(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The tokenizer for single words, as if each stood behind a blank: a byte-level one takes the blank for a part of
-    the word. Without cutting and padding."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    _add_prefix_space(content["pre_tokenizer"])
-    backend = Tokenizer.from_str(json.dumps(content))
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer without cutting and padding."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _add_prefix_space(step: object) -> None:
+def _is_byte_level(step: object) -> bool:
+    """Whether a pre-tokenizer, as the library writes it, is or has one of bytes."""
     if isinstance(step, dict):
-        if step.get("type") == "ByteLevel":
-            step["add_prefix_space"] = True
-        for value in step.values():
-            _add_prefix_space(value)
-    elif isinstance(step, list):
-        for value in step:
-            _add_prefix_space(value)
+        return step.get("type") == "ByteLevel" or any(map(_is_byte_level, step.values()))
+    return isinstance(step, list) and any(map(_is_byte_level, step))
 
 
 def group(
