@@ -104,7 +104,6 @@ LORA_KEYS = frozenset(
         "qalora_group_size",
         "monteclora_config",
         "layer_replication",
-        "runtime_config",
         "lora_bias",
         "target_parameters",
         "use_bdlora",
@@ -123,6 +122,9 @@ _COUNTS = (
     "max_position_embeddings",
     "type_vocab_size",
 )
+
+
+_ONE_OF_SEVERAL = ("single_label_classification", "token-classification")
 
 
 def profiled_steps(config: RunConfig) -> range:
@@ -252,10 +254,12 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
             "tokenizer",
         )
     if not config.data.validation and not config.data.validation_fraction:
-        for key in ("eval_steps", "early_stopping_patience"):
-            if getattr(training, key):
-                message = "there is nothing to evaluate on: give data.validation or data.validation_fraction"
-                yield Problem(message, f"training.{key}")
+        asked = [key for key in ("eval_steps", "early_stopping_patience") if getattr(training, key)]
+        if training.load_best_model_at_end and training.early_stopping_patience is None:  # which brings it along
+            asked.append("load_best_model_at_end")
+        for key in asked:
+            message = "there is nothing to evaluate on: give data.validation or data.validation_fraction"
+            yield Problem(message, f"training.{key}")
     if training.early_stopping_patience and training.eval_steps is None:
         yield Problem(
             "needs training.eval_steps, the steps between two evaluations", "training.early_stopping_patience"
@@ -309,9 +313,8 @@ def _task(config: RunConfig) -> Iterator[Problem]:
         yield Problem(message, "tokenizer.train")
     if task.labels is not None and len(set(task.labels)) < len(task.labels):
         yield Problem("names a label twice", "task.labels")
-    is_choice = problem_kind(config) in ("single_label_classification", "token-classification")
-    if is_choice and task.labels is not None and len(task.labels) == 1:
-        yield Problem("names one label; there is nothing to tell apart", "task.labels", task.labels[0])
+    elif task.labels is not None and len(task.labels) == 1 and problem_kind(config) in _ONE_OF_SEVERAL:
+        yield Problem("names one label, so there is nothing to tell apart; name all, or leave it out", "task.labels")
     if isinstance(task.class_weights, dict) and task.labels is not None:
         for name in task.class_weights:
             if name not in task.labels:

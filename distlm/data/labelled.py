@@ -38,8 +38,8 @@ from distlm.data.tokenize import tokenizer_digest
 from distlm.errors import InputError, Problem
 from distlm.run_folder import read_json, write_json
 
-FORMAT_VERSION = 1
-"""Of the samples; another one means other samples."""
+FORMAT_VERSION = 2
+"""Of the samples; another one means other samples. In 1, some windows labelled no word."""
 ROWS_AT_ONCE = 1024
 """Rows that are encoded together: documents as context end where these end."""
 

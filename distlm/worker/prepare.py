@@ -114,7 +114,7 @@ def prepare_run(config: RunConfig, run: RunFolder, report: Report = lambda progr
         _model_config(config, _existing_tokenizer(config, tokenizer_config.name_or_path))
     before = read_json(run.init / "prepared.json")
     if before is not None:
-        _check_same_format(before["data_info"], config.task.type)
+        _check_same_format(config, before["data_info"])
         kept = run.init / "tokenizer"
         if tokenizer_config.train and kept.exists():  # the cache may be gone, and training again may give another
             tokenizer_config = tokenizer_config.model_copy(update={"name_or_path": str(kept), "train": None})
@@ -242,10 +242,10 @@ def _existing_tokenizer(config: RunConfig, name_or_path: str) -> Any:
 _NOT_THE_SAME = "is not what this run began with, so its samples cannot be continued; submit a new run"
 
 
-def _check_same_format(info: dict[str, Any], task: str) -> None:
+def _check_same_format(config: RunConfig, info: dict[str, Any]) -> None:
     from distlm.data import labelled, prepare
 
-    version = prepare.FORMAT_VERSION if task == "masked-lm" else labelled.FORMAT_VERSION
+    version = (prepare if config.task.type == "masked-lm" else labelled).FORMAT_VERSION
     if info["format_version"] != version:
         message = (
             f"as this version of distlm prepares it (format {version}, the run has {info['format_version']}) "
