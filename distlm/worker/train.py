@@ -108,6 +108,11 @@ def train(context: WorkerContext) -> None:
 def train_steps(worker: Worker, config: TrainingConfig, last_step: int) -> None:
     """The loop."""
     step = worker.first_step - 1
+    if worker.owes_evaluation:
+        with worker.timer.paused():
+            is_best = worker.evaluate(step)
+            if worker.patience.is_exhausted or (is_best and config.load_best_model_at_end):
+                worker.save(step)
     for step in range(worker.first_step, last_step + 1) if not worker.patience.is_exhausted else ():
         with worker.profiler.step(step):
             worker.train_step(step)
@@ -192,11 +197,16 @@ class Worker:
         self.engine = prepare(self.accelerator, model, optimizer)
         self.rank_allocation = make_rank_allocation(self.engine) if has_adapter(config) else None
         self.first_step = 1
+        self.owes_evaluation = False
+        """A stop has left out the evaluation of the last step, and it decides over the training or its final model."""
         self.patience = Patience(config.training, self._is_greater_better())
         if context.checkpoint is not None:
             manifest = load_checkpoint(self.engine, context.checkpoint, seed=config.seed)
             self.first_step = manifest.step + 1
             self.patience.restore(manifest.progress)
+            decides = config.training.early_stopping_patience is not None or config.training.load_best_model_at_end
+            was_due = is_due(manifest.step, config.training.eval_steps, prepared.total_steps)
+            self.owes_evaluation = decides and was_due and not manifest.metrics
             if self.rank_allocation is not None:
                 self.rank_allocation.load_state(load_method_state(context.checkpoint, manifest))
         self.saver = CheckpointSaver(

@@ -312,6 +312,7 @@ def test_an_earlier_adapter_is_trained_further(tmp_path: Path) -> None:
     found, method = adapter_folder(str(folder))
     assert (found, peft_type_of({"peft_type": method})) == (folder, "LORA")  # the config need not name it
 
+    assert adapter_folder(str(folder)) == (folder, "LORA"), "the method need not be told again"
     settings = {"peft_type": "lora", "r": 4, "target_modules": "all-linear"}
     earlier = earlier_config(folder, settings, config(**settings))
     adapter = draw_adapter(load_base(init / "model", "SEQ_CLS"), earlier, 9, CLASSIFIER, source=folder)
