@@ -259,7 +259,7 @@ class TaggedRows:
 
 
 def _refuse_slips(labels: set[str]) -> None:
-    """Raises InputError where a few labels are no tags and the others are: no entity would be scored, without a word."""
+    """Raises InputError where a few labels are no tags and the others are: no entity would be scored."""
     strange = tags.not_tags(labels)
     num_typed = sum(label not in strange and "-" in label for label in labels)
     if strange and num_typed > len(strange):
