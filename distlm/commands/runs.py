@@ -47,7 +47,7 @@ from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, runs_in
 from distlm.run_status import AttemptStatus, RunStatus, run_status, value_at
 from distlm.view.ending import command, next_steps, what_happened
-from distlm.view.state import format_duration
+from distlm.view.state import EVALUATION_METRICS, format_duration
 from distlm.view.table import Column, table
 
 
@@ -279,7 +279,7 @@ def _table_of_attempts(attempts: list[dict[str, Any]]) -> list[str]:
 def _values(point: dict[str, Any] | None) -> str | None:
     if point is None:
         return None
-    names = ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy", "learning_rate", "throughput/tokens_per_s")
+    names = ("train/loss", "eval/loss", *EVALUATION_METRICS, "learning_rate", "throughput/tokens_per_s")
     shown = [f"{name.rpartition('/')[2]} {_number(point['values'][name])}" for name in names if name in point["values"]]
     return f"step {point['step']}: {', '.join(shown)}"
 

@@ -160,7 +160,10 @@ def _type(value: JsonSchema, key: str) -> str:
             return f"{kind} of {_type(value['items'], key).replace('[section]', '[sections]')}"
         case "object":
             of = value["additionalProperties"]
-            return "mapping" if of is True else f"mapping of names to {_type(of, key)}s"
+            if of is True:
+                return "mapping"
+            kind = _type(of, key)
+            return f"mapping of names to {kind.replace('number', 'numbers') if 'number' in kind else f'{kind}s'}"
         case "integer" | "number" as kind:
             return ("whole number" if kind == "integer" else "number") + _range(value)
         case "string":

@@ -276,6 +276,15 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
     plan = batch_plan(config)
+    budget = config.training.per_device_train_batch_tokens
+    if budget is not None and config.task.type == "masked-lm":
+        message = "samples of masked-lm are all of one length; use training.per_device_train_batch_size"
+        yield Problem(message, "training.per_device_train_batch_tokens")
+    elif budget is not None and budget < config.data.max_seq_length:
+        yield Problem(
+            f"a sample may have data.max_seq_length = {config.data.max_seq_length} tokens; give that or more",
+            "training.per_device_train_batch_tokens",
+        )
     if plan.global_batch % plan.micro_batch:
         yield Problem(
             f"{plan.global_batch} samples per step are no multiple of training.per_device_train_batch_size = "

@@ -360,6 +360,7 @@ class AttemptController:
                 "distlm.run_folder": str(self.run.path),
                 "mlflow.source.name": "distlm",
                 "distlm.num_parameters": str(prepared.num_parameters),
+                "distlm.num_trainable_parameters": str(prepared.num_trainable_parameters),
                 **{f"distlm.version.{package}": version for package, version in versions().items()},
             }
         )

@@ -153,14 +153,6 @@ def _fits(lengths: Lengths, bounds: Int64s, max_tokens: int) -> bool:
     return bool(((rows == 1) | (rows * longest <= max_tokens)).all())
 
 
-def sample_over_budget(lengths: Lengths, max_tokens: int) -> int | None:
-    """The longest sample, if it alone has more tokens than a micro batch may hold; None: every sample has room."""
-    if not len(lengths):
-        return None
-    longest = int(np.argmax(lengths))
-    return longest if lengths[longest] > max_tokens else None
-
-
 @dataclass(frozen=True)
 class EvaluationBatch:
     """Samples of one forward pass of an evaluation."""

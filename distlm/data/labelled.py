@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 from distlm.config.resolve import looks_at_documents
 from distlm.config.schema import DataConfig, TextClassificationTask, TokenClassificationTask
 from distlm.data.blocks import blocks_path
-from distlm.data.cache import fingerprint, make_folder
+from distlm.data.cache import fingerprint
 from distlm.data.corpus import VALIDATION, are_held_out, train_target
 from distlm.data.labels import LabelInfo
 from distlm.data.notes import PreparationProgress, Report
 from distlm.data.parallel import Totals
-from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer
+from distlm.data.prepare import INFO, DataInfo, PreparedData, SplitInfo, existing_tokenizer, make_data
 from distlm.data.row_encoder import Columns, LabelledRow, RowCounts, RowEncoder
 from distlm.data.row_source import LabelledSource, open_labelled
 from distlm.data.rows import document_column, label_column, labelled_columns, text_columns
@@ -36,7 +36,7 @@ from distlm.data.tagged import TaggedRows
 from distlm.data.texts import TextRows
 from distlm.data.tokenize import tokenizer_digest
 from distlm.errors import InputError, Problem
-from distlm.run_folder import read_json, write_json
+from distlm.run_folder import write_json
 
 FORMAT_VERSION = 2
 """Of the samples; another one means other samples. In 1, some windows labelled no word."""
@@ -79,16 +79,7 @@ def prepare_labelled(
         _check_amount(info, data)
         write_json(folder / INFO, asdict(info))
 
-    folder = cache / f"data-{folder_name}"
-    was_written = make_folder(folder, write)
-    info = DataInfo.from_json(read_json(folder / INFO))
-    return PreparedData(
-        tokenizer_path=tokenizer_path,
-        train_paths=[blocks_path(folder, train_target(number)) for number in range(len(data.train))],
-        validation_path=blocks_path(folder, VALIDATION) if info.validation else None,
-        info=info,
-        cached=not was_written,
-    )
+    return make_data(cache / f"data-{folder_name}", write, len(data.train), tokenizer_path)
 
 
 def make_encoder(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -174,12 +174,18 @@ def prepare_data(
             _check_amount(info, data)
         write_json(folder / INFO, asdict(info))
 
-    folder = cache / f"data-{folder_name}"
+    return make_data(cache / f"data-{folder_name}", write, len(data.train), tokenizer_path)
+
+
+def make_data(
+    folder: Path, write: Callable[[Path], object], num_train_sources: int, tokenizer_path: Path
+) -> PreparedData:
+    """Have `write` fill a folder of the cache with samples and info.json, unless it is there, and say what it holds."""
     was_written = make_folder(folder, write)
     info = DataInfo.from_json(read_json(folder / INFO))
     return PreparedData(
         tokenizer_path=tokenizer_path,
-        train_paths=[blocks_path(folder, train_target(number)) for number in range(len(data.train))],
+        train_paths=[blocks_path(folder, train_target(number)) for number in range(num_train_sources)],
         validation_path=blocks_path(folder, VALIDATION) if info.validation else None,
         info=info,
         cached=not was_written,

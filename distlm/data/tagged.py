@@ -26,6 +26,7 @@ from distlm.data.labels import LabelIds, LabelInfo, as_label
 from distlm.data.pack import BlockLayout
 from distlm.data.row_encoder import LabelledRow, RowCounts, Sample
 from distlm.data.samples import IGNORED
+from distlm.errors import InputError, Problem
 from distlm.tasks import tags
 
 _SHARED_FRACTION = 4  # one fourth of a window
@@ -203,6 +204,8 @@ class TaggedRows:
     def learn(self, training_rows: Callable[[], Iterator[LabelledRow]]) -> LabelInfo:
         asked = self._task.tag_scheme
         self._scheme = tags.detect_scheme(map(_tags, training_rows())) if asked == "auto" else tags.TagScheme(asked)
+        if asked == "auto" and self._scheme is tags.TagScheme.NONE:
+            _refuse_slips({tag for row in training_rows() for tag in _tags(row)})
         found = Counter(tag for row in training_rows() for tag in self._converted(row))
         self._ids = LabelIds(self._task, found, self._labels_of_model, str(self._scheme))
         return self._ids.info
@@ -253,6 +256,16 @@ class TaggedRows:
         """The label of a token that goes on with a word: of B-PER it is I-PER, if there is such a label."""
         inside = f"I{name[1:]}" if name.startswith("B-") and self._scheme is not tags.TagScheme.NONE else name
         return inside if inside in self._ids.info.names else name
+
+
+def _refuse_slips(labels: set[str]) -> None:
+    """Raises InputError where a few labels are no tags and the others are: no entity would be scored."""
+    strange = tags.not_tags(labels)
+    num_typed = sum(label not in strange and "-" in label for label in labels)
+    if strange and num_typed > len(strange):
+        shown = ", ".join(map(repr, sorted(strange)[:5]))
+        message = f"the labels are tags such as B-PER but for {shown}; mend these, or set it to none (no entities)"
+        raise InputError(Problem(message, "task.tag_scheme", "auto"))
 
 
 def _tags(row: LabelledRow) -> list[str]:

@@ -4,6 +4,7 @@
     about.json            what is predicted; written when the rows below are complete
     rows-000000.jsonl     examples of the first part, a line of JSON for each row of the input
     part-000000.jsonl     their predictions, whole
+    workers.log           what Ray has printed
 
 Whoever predicts writes the parts that are missing, each by a rename. So a part is there or not, and a call after a kill
 goes on with the others. Parts of something else, such as another step or a changed input, are removed.
@@ -40,6 +41,11 @@ class Parts:
     @classmethod
     def beside(cls, output: Path) -> Parts:
         return cls(output.with_name(f"{output.name}.parts"))
+
+    @property
+    def log(self) -> Path:
+        """What the libraries of several workers have printed."""
+        return self.folder / "workers.log"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

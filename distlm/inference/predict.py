@@ -16,9 +16,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -161,6 +161,7 @@ class _Progress:
         self._num_rows, self._num_done = num_rows, num_parts_done
         self._began_with, self._begun_s = num_parts_done, time.monotonic()
         self._said_s = self._begun_s
+        self.stream: TextIO = sys.stderr
 
     def part_is_done(self) -> None:
         self._num_done += 1
@@ -170,7 +171,7 @@ class _Progress:
         self._said_s = now_s
         done = min(self._num_done * ROWS_PER_PART, self._num_rows)
         speed = (self._num_done - self._began_with) * ROWS_PER_PART / (now_s - self._begun_s)
-        say(f"distlm: {done:,} of {self._num_rows:,} rows, {speed:.3g} rows/s", file=sys.stderr)
+        say(f"distlm: {done:,} of {self._num_rows:,} rows, {speed:.3g} rows/s", file=self.stream)
 
 
 def _predict_here(
@@ -212,6 +213,7 @@ def _predict_on_ray(
 
     resources = ResourcesConfig(num_workers=num_workers)
     with ExitStack() as scope:
+        progress.stream = scope.enter_context(_output_to(parts.log))
         scope.enter_context(no_descendants_left())
         root = scope.enter_context(nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root())
         cluster = scope.enter_context(connect(resources, root))
@@ -221,7 +223,6 @@ def _predict_on_ray(
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_options.preserve_order = True
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         # Ray 2.60 has no other way to say how often a worker is restarted.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         numbers = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
@@ -240,10 +241,27 @@ def _predict_on_ray(
             for _ in done.iter_rows():
                 progress.part_is_done()
         except Exception as error:
-            raise _explained(error) from error
+            raise _explained(error, parts.log) from error
 
 
-def _explained(error: BaseException) -> DistlmError:
+@contextmanager
+def _output_to(log: Path) -> Iterator[TextIO]:
+    """Send what Ray prints, tracebacks of all its layers among it, to a file; what comes is the real stderr."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(log, "w", encoding="utf-8") as file, os.fdopen(os.dup(2), "w", errors="backslashreplace") as stderr:
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield stderr
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in zip((1, 2), kept, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def _explained(error: BaseException, log: Path) -> DistlmError:
     """Ours, which Ray has wrapped, or what Ray says in one line."""
     found: BaseException | None = error
     while found is not None:
@@ -251,8 +269,8 @@ def _explained(error: BaseException) -> DistlmError:
             return found
         found = getattr(found, "cause", None) or found.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return InfrastructureError(f"a worker failed: {reason}; the same command goes on with the parts that are left")
+    reason = f"{type(error).__name__}: {lines[0].rstrip('.') if lines else ''}"
+    return InfrastructureError(f"a worker failed: {reason}; the same command goes on where it was; log: {log}")
 
 
 def parse(arguments: list[str] | None, prog: str, add: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:

@@ -55,12 +55,10 @@ class LabelLoss:
 
     def sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of logits [T, L] and ids [T]."""
-        if self._weights is not None:
-            self._weights = self._weights.to(logits.device)
         return F.cross_entropy(
             logits,
             torch.where(labels < self._num_labels, labels, IGNORED),
-            weight=self._weights,
+            weight=self._weights.to(logits.device) if self._weights is not None else None,
             ignore_index=IGNORED,
             reduction="sum",
             label_smoothing=self._smoothing,

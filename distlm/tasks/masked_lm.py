@@ -168,8 +168,11 @@ class HeadError(LookupError):
 
 
 def prediction_head(model: nn.Module) -> nn.Module:
-    """The direct child of a masked language model that holds its output embeddings: the projection to the vocabulary,
-    in many architectures with the dense layer before it. Raises HeadError where there is none."""
+    """The direct child of a masked language model, with an adapter or without one, that holds its output embeddings:
+    the projection to the vocabulary, in many architectures with the dense layer before it. Raises HeadError where there
+    is none."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
     embeddings = model.get_output_embeddings()  # type: ignore[operator]
     for child in model.children():
         if any(module is embeddings for module in child.modules()):

@@ -27,6 +27,7 @@ from rich.text import Text
 from distlm.errors import ExitCode
 from distlm.view import Event
 from distlm.view.state import (
+    EVALUATION_METRICS,
     AttemptState,
     finite_mean,
     format_duration,
@@ -359,7 +360,7 @@ def _evaluation(state: AttemptState, columns: int) -> Text | None:
     if not (told := measures(state.values, "eval/loss")):
         return None
     line = _label("eval").append(told[0], _loss_style(state, "eval/loss"))
-    others = [*measures(state.values, "eval/perplexity", "eval/accuracy"), f"at step {state.evaluated_step}"]
+    others = [*measures(state.values, *EVALUATION_METRICS), f"at step {state.evaluated_step}"]
     return _with(line, others, columns)
 
 

@@ -188,7 +188,14 @@ _FORMATS = {
     "eval/loss": "loss {:.4f}",
     "eval/perplexity": "perplexity {:.1f}",
     "eval/accuracy": "accuracy {:.3f}",
+    "eval/f1": "F1 {:.4f}",
+    "eval/f1_micro": "micro F1 {:.4f}",
+    "eval/pearson": "Pearson {:.4f}",
+    "eval/mse": "MSE {:.4g}",
 }
+
+EVALUATION_METRICS = tuple(name for name in _FORMATS if name.startswith("eval/") and name != "eval/loss")
+"""What is shown of an evaluation besides the loss, as far as the task has it."""
 
 
 def measures(values: Mapping[str, float], *names: str) -> list[str]:
@@ -220,8 +227,8 @@ def training_line(state: AttemptState, values: Mapping[str, float]) -> str:
 
 
 def evaluation_line(state: AttemptState, values: Mapping[str, float]) -> str:
-    names = ("eval/loss", "eval/perplexity", "eval/accuracy")
-    return f"{step_of(state, state.evaluated_step)}  eval {'  '.join(measures(values, *names))}"
+    told = measures(values, "eval/loss", *EVALUATION_METRICS)
+    return f"{step_of(state, state.evaluated_step)}  eval {'  '.join(told)}"
 
 
 def step_of(state: AttemptState, step: int | None = None) -> str:

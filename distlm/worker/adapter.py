@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -350,7 +350,7 @@ def adapter_folder(name_or_path: str) -> tuple[Path, str]:
     Raises InputError if there is none.
     """
     try:
-        peft_type = str(PeftConfig.from_pretrained(name_or_path).peft_type.value)
+        peft_type = str(PeftType(PeftConfig.from_pretrained(name_or_path).peft_type).value)
         if Path(name_or_path).is_dir():
             return Path(name_or_path), peft_type
         from huggingface_hub import snapshot_download
@@ -377,7 +377,7 @@ def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -
     except Exception as error:
         raise InputError(Problem(f"is no PEFT adapter: {_first_line(error)}", key, str(folder))) from error
     if earlier.peft_type != config.peft_type:
-        message = f"is an adapter of {earlier.peft_type}, and the run asks for {settings['peft_type']}"
+        message = f"is an adapter of {earlier.peft_type.value}, and the run asks for {settings['peft_type']}"
         raise InputError(Problem(message, key, str(folder)))
     problems = []
     for name in sorted(settings.keys() - {"peft_type", "modules_to_save", *_SCHEDULE}):

@@ -13,7 +13,7 @@ from tiny_runs import CONFIG, english
 from distlm.config.load import load_tree
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.data.corpus import _are_held_out
+from distlm.data.corpus import are_held_out
 from distlm.data.notes import notes
 from distlm.data.pack import PackedDataset
 from distlm.errors import InputError
@@ -70,7 +70,7 @@ def test_a_source_with_a_weight_and_no_text_is_refused(tmp_path: Path, run: RunF
 
 
 def test_a_source_that_is_held_out_as_a_whole_is_refused_or_told(tmp_path: Path, run: RunFolder) -> None:
-    size = next(number for number, is_held_out in enumerate(_are_held_out(0.1)) if is_held_out and number > 5)
+    size = next(number for number, is_held_out in enumerate(are_held_out(0.1)) if is_held_out and number > 5)
 
     def held_out(*weights: float | None) -> RunConfig:
         chosen = config(tmp_path, *weights)

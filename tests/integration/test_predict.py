@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from labelled_runs import LabelledRun, reviews, sentences, write_conll, write_csv, write_jsonl
@@ -272,6 +273,29 @@ def test_killed_and_gone_on(
     assert code == 0 and "beginning anew" in err and "step 6 of" in out
     assert (tmp_path / "q.csv").read_bytes() != output.read_bytes()
     assert "exists; remove it" in refusal(capsys, "predict", run, data, "--out", output)
+
+
+def test_a_worker_that_is_killed(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = labelled_runs["single"].run
+    data = write_csv(tmp_path / "in.csv", reviews(6 * parts.ROWS_PER_PART, 6))
+    output = tmp_path / "p.jsonl"
+    command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output, "--workers", 2]
+    with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("p.jsonl.parts/part-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        below = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in below if "_PartWorker" in " ".join(child.cmdline())).kill()
+        _, err = process.communicate(timeout=100)
+    *_, line = err.splitlines()
+    assert process.returncode == ExitCode.INFRASTRUCTURE and line.startswith("distlm: a worker failed: "), err
+    assert all(told.startswith("distlm: ") for told in err.splitlines()), err
+    assert not [child for child in below if child.is_running()]
+    in_process(capsys, "predict", run, data, "--out", output)
+    assert [row["id"] for row in rows_of(output)] == [row["id"] for row in rows_of(data)]
 
 
 def test_two_workers(labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

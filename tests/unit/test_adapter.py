@@ -15,6 +15,8 @@ from transformers import AutoModelForMaskedLM, BertConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
 from tiny_adapters import draw, load_base, write_base, write_init
 
+from distlm.config.load import load_tree
+from distlm.controller.preflight import check_quantization
 from distlm.errors import CheckpointError, InputError
 from distlm.worker.adapter import (
     InitialTensors,
@@ -26,7 +28,6 @@ from distlm.worker.adapter import (
     load_adapter,
     peft_type_of,
     rehearse,
-    require_quantization_support,
     save_initial,
 )
 from distlm.worker.adapter_export import ADAPTER_WEIGHTS_NAME, export_adapter, merge, set_trained, verify_adapter
@@ -110,8 +111,22 @@ def test_what_cannot_train_a_task_is_refused() -> None:
         config(peft_type="prefix-tuning")
     with pytest.raises(InputError, match="masked-LM has a logit for each"):
         adapter_config({"peft_type": "p-tuning", "num_virtual_tokens": 4}, None, [], head_is_new=False, total_steps=9)
-    with pytest.raises(InputError, match="needs a GPU"):
-        require_quantization_support("cpu")
+
+
+def test_a_base_in_few_bits_needs_gpus_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_tree(
+        {
+            "model": {"name_or_path": "bert-base-uncased", "quantization": {"load_in_4bit": True}},
+            "peft": {"peft_type": "lora"},
+            "data": {"train": [{"source": "python-docs"}]},
+            "training": {"max_steps": 1},
+        }
+    ).config
+    with pytest.raises(InputError, match="needs GPUs"):
+        check_quantization(run, "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where it is not installed
+    with pytest.raises(InputError, match="needs the package bitsandbytes"):
+        check_quantization(run, "cuda")
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -294,6 +309,8 @@ def test_an_earlier_adapter_is_trained_further(tmp_path: Path) -> None:
     before = logits(model)
     (folder := tmp_path / "earlier").mkdir()
     export_adapter(model, folder, "base", InitialTensors(init / "adapter"))
+    found, method = adapter_folder(str(folder))
+    assert (found, peft_type_of({"peft_type": method})) == (folder, "LORA")  # the config need not name it
 
     assert adapter_folder(str(folder)) == (folder, "LORA"), "the method need not be told again"
     settings = {"peft_type": "lora", "r": 4, "target_modules": "all-linear"}

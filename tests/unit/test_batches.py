@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from distlm.config.resolve import BatchPlan, legal_world_sizes
-from distlm.data.batches import BATCHES_PER_WINDOW, StepOrder, StepSamples, evaluation_batches, sample_over_budget
+from distlm.data.batches import BATCHES_PER_WINDOW, StepOrder, StepSamples, evaluation_batches
 from distlm.data.order import SampleOrder
 
 REAL_DATA = Path(os.environ.get("DISTLM_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -187,16 +187,13 @@ def test_micro_batches_keep_to_the_budget_at_every_world_size() -> None:
     assert {1, 2, 3} <= factors.keys() and factors.keys() - {1, 2, 4, 8}, "factors other than powers of two occur"
 
 
-def test_a_sample_longer_than_the_budget_is_alone_and_is_found_beforehand() -> None:
+def test_a_sample_longer_than_the_budget_is_alone() -> None:
     lengths = np.array([5, 9, 40, 7], np.int32)
     step = make(4, 4, 4, lengths=lengths, max_tokens=30).step(1)
     assert [piece.stop - piece.start for piece in step.micro_batches] == [1, 1, 2]
     assert step.indices[0] == 2
     shorter = make(4, 4, 4, lengths=lengths, max_tokens=6).step(1)
     assert [piece.stop - piece.start for piece in shorter.micro_batches] == [1, 1, 1, 1]
-    assert sample_over_budget(lengths, 30) == 2
-    assert sample_over_budget(lengths, 40) is None
-    assert sample_over_budget(lengths[:0], 1) is None
 
 
 def test_lengths_that_are_missing_or_of_other_samples_are_refused() -> None:

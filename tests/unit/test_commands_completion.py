@@ -76,7 +76,7 @@ def test_a_copy_of_a_run_is_offered_behind_the_runs(place: Path) -> None:
 
 
 def test_overrides(place: Path) -> None:
-    keys, stages, switch, optional, of_a_list, kinds, free, section = completions(
+    keys, stages, switch, optional, of_a_list, kinds, tasks, free, section = completions(
         place,
         "distlm submit config.yaml training.max_",
         "distlm submit config.yaml seed=1 deepspeed.zero_stage=",
@@ -84,6 +84,7 @@ def test_overrides(place: Path) -> None:
         "distlm submit config.yaml model.attn_implementation=",
         "distlm submit config.yaml data.train.0.so",
         "distlm submit config.yaml data.train.0.source=",
+        "distlm submit config.yaml task.type=",
         "distlm submit config.yaml training.learning_rate=",
         "distlm submit config.yaml trai",
     )
@@ -91,7 +92,9 @@ def test_overrides(place: Path) -> None:
     # bash's own splitting of words at "=" leaves it the part behind.
     assert (stages, switch) == (["0", "1", "2", "3"], ["true"])
     assert optional == ["eager", "sdpa", "flash_attention_2", "null"]
-    assert (of_a_list, kinds, free) == (["data.train.0.source="], ["files", "datasets", "python-docs"], [])
+    assert (of_a_list, free) == (["data.train.0.source="], [])
+    assert kinds == ["files", "parallel", "datasets", "python-docs"]
+    assert tasks == ["masked-lm", "text-classification", "token-classification"]
     assert "training=" not in section and "training.seed=" not in section and "training.save_steps=" in section
 
 

@@ -52,8 +52,9 @@ def test_a_valid_config_is_frozen_and_complete(tmp_path: Path) -> None:
         config.seed = 1  # type: ignore[misc]
 
 
-def test_shipped_configs_are_valid() -> None:
+def test_shipped_configs_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on a machine without GPUs, the recipes on the node of 8 that they are for."""
+    monkeypatch.setenv("DATA", "/data")  # where some find theirs
     names = set()
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         gpu_count = 0 if path.name == "pretrain.yaml" else 8

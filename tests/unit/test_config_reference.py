@@ -81,6 +81,8 @@ def test_every_row_says_whether_a_resume_may_change_the_key() -> None:
         ("data.validation.paths", "non-empty list of text"),
         ("data.train.max_gib", "number > 0, in GiB"),
         ("training.lr_scheduler_kwargs", "mapping of names to numbers"),
+        ("task.class_weights", "`balanced`, or mapping of names to numbers > 0, or null"),
+        ("task.labels", "non-empty list of text, or null"),
         ("tokenizer.train", "[section](#tokenizer.train), or null"),
     ],
 )
