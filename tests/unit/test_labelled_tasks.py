@@ -210,13 +210,13 @@ def test_samples_that_are_left_out_count_for_nothing() -> None:
         assert task.count_targets(batch) == task.count_targets(kept)
         loss, predicted = task.loss(network, batch, CPU)
         expected, _ = task.loss(network, kept, CPU)
-        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         judged = task.judge(batch, INDICES, predicted)
         numbers = judged[0].tolist() if isinstance(judged, tuple) else [index for index, _ in judged]
         assert numbers == [0, 2, 4]
         task.leave_out(batch, torch.ones(5, dtype=torch.bool))
         nothing = task.loss(network, batch, CPU)[0]
-        assert float(nothing) == 0.0 and task.count_targets(batch) == 0
+        assert nothing.item() == 0.0 and task.count_targets(batch) == 0
         assert all(not gradient.any() for gradient in gradients(network, nothing).values())
 
 
