@@ -14,6 +14,7 @@ ZeRO stage trains the same numbers, and a checkpoint needs the trainable ones on
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -304,7 +305,7 @@ def _build(model: PreTrainedModel, config: PeftConfig, seed: int) -> tuple[PeftM
     """The model with an adapter whose random numbers, wherever PEFT keeps them, follow from the seed, and the tensors
     that are new."""
     base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _kept_compilers():
         torch.manual_seed(seed)
         peft_model: PeftModel = get_peft_model(model, config)
     if (saved := getattr(config, "modules_to_save", None)) is not None:  # PEFT appends names of heads, each time
@@ -313,6 +314,20 @@ def _build(model: PreTrainedModel, config: PeftConfig, seed: int) -> tuple[PeftM
         peft_model.register_forward_hook(_drop_virtual_tokens, with_kwargs=True)
     named = (*peft_model.named_parameters(), *peft_model.named_buffers())
     return peft_model, {name: tensor for name, tensor in named if id(tensor) not in base}
+
+
+@contextmanager
+def _kept_compilers() -> Iterator[None]:
+    """PEFT 0.21 sets both compilers to gcc for BOFT and, where its extension cannot be built, leaves them so: nothing
+    in C++ can be compiled in this process any more, as torch.compile does."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _drop_virtual_tokens(model: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:

@@ -169,7 +169,7 @@ def test_a_model_without_output_embeddings_computes_the_whole_head(bases: dict[s
     small = {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 1, "qk_channels": 16}
     heads = {"num_self_attention_heads": 2, "num_cross_attention_heads": 2}
     perceiver = PerceiverConfig(**small, **heads, v_channels=32, max_position_embeddings=32, vocab_size=191)
-    flops, masked_only_head = forward_flops(bases["bert"].config(), perceiver)
+    flops, masked_only_head = forward_flops(bases["bert"].config(), perceiver, 32)
     assert not masked_only_head and flops > 2 * 32 * 32 * 191
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,11 @@ def test_virtual_tokens_are_trained_further_where_peft_has_saved_them_whole(tmp_
         adapter = draw_adapter(base, earlier, 9, CLASSIFIER, source=tmp_path)
         rehearse(adapter.model, 16)
         assert torch.equal(logits(adapter.model), before)
+
+
+def test_no_method_changes_the_compilers_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CXX", "my-compiler")
+    write_base(tmp_path / "model", "SEQ_CLS")
+    draw(tmp_path, {"peft_type": "boft"}, "SEQ_CLS")
+    assert "CC" not in os.environ and os.environ["CXX"] == "my-compiler", "torch.compile needs them"
