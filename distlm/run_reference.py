@@ -71,9 +71,20 @@ def _checkpoint(run: RunFolder, wanted: str) -> Checkpoint:
     raise InputError(f"run {run.run_id} has no checkpoint {wanted}; it has the steps {steps}, last and best")
 
 
+def export_in_cache(text: str, cache: Path, kind: str) -> Path | None:
+    """Where what a reference that is written out means is exported to; None: it is none. `kind`: model or adapter. A
+    run that began with it goes on with the export, whatever becomes of the other run."""
+    match = re.fullmatch(rf"{PREFIX}(.+)@([0-9]{{1,18}})", text)
+    return cache / f"{kind}-{Path(match[1]).name}-{int(match[2])}" / "exported" if match else None
+
+
 def check_references(config: RunConfig) -> Iterator[Problem]:
     """What is wrong with the references of a config."""
     for key, text in _texts(config):
+        kind = "model" if key == "model.name_or_path" else "adapter"
+        exported = export_in_cache(text, Path(config.runs_dir) / "cache", kind)
+        if exported is not None and exported.is_dir():
+            continue
         try:
             resolve_reference(text, Path(config.runs_dir))
         except DistlmError as error:

@@ -8,7 +8,7 @@ from distlm.config.schema import RunConfig
 from distlm.data.cache import make_folder
 from distlm.errors import DistlmError, InputError, Problem
 from distlm.run_folder import RunFolder
-from distlm.run_reference import resolve_reference
+from distlm.run_reference import export_in_cache, resolve_reference
 
 
 def with_local_weights(config: RunConfig, run: RunFolder) -> RunConfig:
@@ -29,19 +29,23 @@ def _folder(name_or_path: str, key: str, run: RunFolder, merge: bool) -> str:
     """The folder with what a reference means; others than references stay as they are."""
     from distlm.worker.export import choose_checkpoint, export_checkpoint
 
+    kind = "model" if merge else "adapter"
+    exported = export_in_cache(name_or_path, run.cache, kind)
+    if exported is not None and exported.is_dir():
+        return str(exported)
     try:
         reference = resolve_reference(name_or_path, run.runs_dir)
         if reference is None:
             return name_or_path
         checkpoint, manifest = choose_checkpoint(reference.run, str(reference.step))
-        kind = "model" if merge else "adapter"
-        folder = run.cache / f"{kind}-{reference.run.run_id}-{reference.step}"
+        exported = export_in_cache(reference.text(run.runs_dir), run.cache, kind)
+        assert exported is not None, "it is written out"
 
         def write(partial: Path) -> None:
             export_checkpoint(reference.run, checkpoint, manifest, partial / "exported", merge=merge)
 
-        make_folder(folder, write)
-        return str(folder / "exported")
+        make_folder(exported.parent, write)
+        return str(exported)
     except InputError as error:
         raise InputError(Problem(str(error), key, name_or_path)) from error
     except DistlmError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distlm.config.load import load_tree
 from distlm.errors import ExitCode, InputError
 from distlm.run_folder import RunFolder, dump_yaml
 from distlm.run_reference import check_references, pin_references, resolve_reference
+from distlm.worker.model_source import with_local_weights
 
 LOSSES = {10: 0.5, 20: 0.3, 30: 0.4}
 
@@ -128,6 +130,18 @@ def test_a_run_in_another_folder_is_kept_with_its_folder(tmp_path: Path) -> None
     pinned = pin_references(load_tree(with_references(tmp_path / "mine", f"run:{run.path}@best")))
     assert pinned.config.model.name_or_path == f"run:{run.path}@20"
     assert not list(check_references(pinned.config))
+
+
+def test_what_was_exported_outlives_the_run_that_it_is_of(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, name="base")
+    pinned = pin_references(load_tree(with_references(tmp_path, "run:base@best"))).config
+    shutil.rmtree(run.path)
+    (problem,) = check_references(pinned)
+    assert "there is no run" in problem.message
+    exported = tmp_path / "cache" / f"model-{run.run_id}-20" / "exported"
+    exported.mkdir(parents=True)
+    assert not list(check_references(pinned))
+    assert with_local_weights(pinned, RunFolder(tmp_path / "new")).model.name_or_path == str(exported)
 
 
 def test_the_commands_refuse_and_pin(tmp_path: Path) -> None:
