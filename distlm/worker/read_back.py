@@ -13,7 +13,7 @@ from torch import Tensor
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint
-from distlm.errors import CheckpointError
+from distlm.errors import TrainingError
 from distlm.worker.zero_state import actual_zero_stage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def live_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def require_equal(checkpoint: Checkpoint, manifest: Manifest, live: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless the checkpoint holds exactly these weights, naming the first that differ."""
+    """Raise TrainingError unless the checkpoint holds exactly these weights, naming the first that differ."""
     reader = CheckpointReader(checkpoint, manifest)
     problems = [f"{name} is missing" for name in live.keys() - manifest.shapes.keys()]
     problems += [f"{name} is not in the model" for name in manifest.shapes.keys() - live.keys()]
@@ -52,7 +52,7 @@ def require_equal(checkpoint: Checkpoint, manifest: Manifest, live: dict[str, Te
             problems.append(f"{name} {'has other values' if saved.any() else 'is all zero'}")
     if problems:
         shown = "; ".join(sorted(problems)[:_SHOWN])
-        raise CheckpointError(
+        raise TrainingError(
             f"the adapter that was saved is not that of the model ({len(problems)} of {len(live)} weights: {shown}); "
-            "it is not kept"
+            "it is not kept, and earlier checkpoints are as they were"
         )

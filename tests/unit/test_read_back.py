@@ -11,7 +11,7 @@ import torch
 
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
-from distlm.errors import CheckpointError
+from distlm.errors import TrainingError
 from distlm.worker.read_back import require_equal
 
 SHAPES = {"lora_A": [4, 3], "lora_B": [5, 4], "bias": [7], "scalar": [], "empty": [0, 3]}
@@ -44,7 +44,7 @@ def test_one_other_bit_is_found(saved: Saved, name: str) -> None:
     checkpoint, manifest, live = saved
     flat = live[name].view(-1)
     flat[-1] = torch.nextafter(flat[-1], torch.tensor(torch.inf))
-    with pytest.raises(CheckpointError, match=rf"\(1 of 5 weights: {name} has other values\); it is not kept"):
+    with pytest.raises(TrainingError, match=rf"\(1 of 5 weights: {name} has other values\); it is not kept"):
         require_equal(checkpoint, manifest, live)
 
 
@@ -56,7 +56,7 @@ def test_zeros_are_found(tmp_path: Path, saved: Saved, monkeypatch: pytest.Monke
     store = CheckpointStore(tmp_path / "zeros")
     store.clean()
     checkpoint = fabricated.write(store, 3, SHAPES)
-    with pytest.raises(CheckpointError, match=r"4 of 5 weights: .*lora_A is all zero"):
+    with pytest.raises(TrainingError, match=r"4 of 5 weights: .*lora_A is all zero"):
         require_equal(checkpoint, store.manifest(checkpoint), live)
 
 
@@ -65,14 +65,14 @@ STATE = fabricated.state(3, SHAPES)
 
 def test_what_is_missing_too_much_or_of_another_shape_is_named(saved: Saved) -> None:
     checkpoint, manifest, live = saved
-    with pytest.raises(CheckpointError, match="extra is missing"):
+    with pytest.raises(TrainingError, match="extra is missing"):
         require_equal(checkpoint, manifest, live | {"extra": torch.ones(2)})
     others = {name: tensor for name, tensor in live.items() if name != "bias"}
-    with pytest.raises(CheckpointError, match="bias is not in the model"):
+    with pytest.raises(TrainingError, match="bias is not in the model"):
         require_equal(checkpoint, manifest, others)
-    with pytest.raises(CheckpointError, match=r"lora_A has the shape \[4, 3\] and is \[3, 4\] in the model"):
+    with pytest.raises(TrainingError, match=r"lora_A has the shape \[4, 3\] and is \[3, 4\] in the model"):
         require_equal(checkpoint, manifest, live | {"lora_A": live["lora_A"].T})
     changed = {name: tensor + 1 for name, tensor in live.items()}
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(TrainingError) as error:
         require_equal(checkpoint, manifest, changed)
     assert str(error.value).count("has other values") == 3, "the first three are named"
