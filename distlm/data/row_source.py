@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class LabelledSource(ReadSource):
         super().__init__(key, source, local, what_is_read(source) | {"read": columns} | facts, identity, rows=True)
         self._columns = columns
         self._is_copy = source.source == "datasets"
+        self._docstrings: list[Row] | None = None
         self.num_rows = 0
         """That the last reading gave."""
         self.num_undecodable_rows = 0
@@ -48,7 +49,7 @@ class LabelledSource(ReadSource):
         """
         undecodable = UndecodableCount()
         try:
-            for number, row in enumerate(read_rows(self._local, self._columns, self._files), start=1):
+            for number, row in enumerate(self._read(), start=1):
                 undecodable.add(Piece("", True, row.undecodable_at))
                 yield row._replace(place=f"{self.name}:{number}") if self._is_copy else row
         except InputError as error:
@@ -58,6 +59,14 @@ class LabelledSource(ReadSource):
         self.num_undecodable_rows = undecodable.num_undecodable
         self.first_undecodable = undecodable.first
         self._refuse(undecodable)
+
+    def _read(self) -> Iterable[Row]:
+        """Docstrings are parsed once and kept, since that takes far longer than reading them."""
+        if self._local.source != "python-docs":
+            return read_rows(self._local, self._columns, self._files)
+        if self._docstrings is None:
+            self._docstrings = list(read_rows(self._local, self._columns, self._files))
+        return self._docstrings
 
 
 def open_labelled(

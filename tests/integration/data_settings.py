@@ -31,6 +31,7 @@ class Files:
     delimiter: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    document_column: str | None = None
     max_documents: int | None = None
     source: Literal["files"] = "files"
 
@@ -41,6 +42,7 @@ class PythonDocs:
     max_documents: int | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    document_column: str | None = None
     source: Literal["python-docs"] = "python-docs"
 
 
@@ -57,6 +59,7 @@ class HubDataset:
     max_gib: float = 1.0
     text_pair_column: str | None = None
     label_column: str | None = None
+    document_column: str | None = None
     source: Literal["datasets"] = "datasets"
 
 

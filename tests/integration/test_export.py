@@ -33,7 +33,7 @@ from distlm.config.load import LoadedConfig, load_config
 from distlm.errors import CheckpointError, ExitCode
 from distlm.run_folder import RunFolder, read_json, write_json
 from distlm.worker.export import choose_checkpoint, export_checkpoint, export_run
-from distlm.worker.model import build_model_config, load_model, save_initial_model
+from distlm.worker.model import build_model_config, initial_model, load_model, save_initial_model
 from distlm.worker.prepare import prepare_run
 
 WORLD_SIZE = 3
@@ -101,7 +101,7 @@ class Runs:
         shutil.copytree(self.base.init, run.init, ignore=shutil.ignore_patterns("model"))
         tokenizer = AutoTokenizer.from_pretrained(run.init / "tokenizer")
         model_config = build_model_config(loaded.config, len(tokenizer), {"pad_token_id": tokenizer.pad_token_id})
-        save_initial_model(loaded.config, model_config, run.init / "model")
+        save_initial_model(initial_model(loaded.config, model_config)[0], run.init / "model")
         return Run(run)
 
 
@@ -313,17 +313,17 @@ def test_what_is_not_trained_is_copied(own: Run, tmp_path: Path) -> None:
 
 
 def test_the_model_of_a_run_follows_its_last_checkpoint(own: Run) -> None:
-    export_run(own.folder, 30)
+    export_run(own.folder, "30")
     require_weights(own.folder.model, saved_weights(own.folder.checkpoints / "step-00000030"))
     (own.folder.model / "of_before").write_text("")
     own.commit(40)
-    export_run(own.folder, 40)
+    export_run(own.folder, "40")
     require_weights(own.folder.model, saved_weights(own.folder.checkpoints / "step-00000040"))
     assert not (own.folder.model / "of_before").exists()
     written = (own.folder.model / "model.safetensors").read_bytes()
     flip_a_byte(own.folder.checkpoints / "step-00000040" / "shard-00001-of-00003.safetensors")
     with pytest.raises(CheckpointError, match=r"step-00000040/.* was altered"):
-        export_run(own.folder, 40)
+        export_run(own.folder, "40")
     assert (own.folder.model / "model.safetensors").read_bytes() == written, "no older checkpoint in its place"
     assert not [path.name for path in own.folder.path.iterdir() if path.name.startswith(".")]
 
