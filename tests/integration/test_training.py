@@ -190,8 +190,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     manifests = [
         CheckpointStore(r.training.run.checkpoints).manifest(r.training.saved_at(STEPS)) for r in (resumed, whole)
     ]
-    assert manifests[0].progress == manifests[1].progress
-    assert manifests[0].progress.sample_position == STEPS * GLOBAL_BATCH
+    assert manifests[0].progress.epoch == manifests[1].progress.epoch  # the evaluations are of other samples
+    assert [manifest.progress.sample_position for manifest in manifests] == [STEPS * GLOBAL_BATCH] * 2
 
 
 @pytest.mark.parametrize("stage", SHARDED_STAGES)
@@ -261,7 +261,7 @@ def other_stage(patch: pytest.MonkeyPatch, training: Training) -> Training:
 def overlapping_samples(patch: pytest.MonkeyPatch, training: Training) -> Training:
     from distlm.worker.train import Worker
 
-    patch.setattr(Worker, "my_micro_batches", lambda worker: range(worker.plan.accumulation_steps))
+    patch.setattr(Worker, "my_micro_batches", lambda worker, step: range(worker.plan.accumulation_steps))
     return training
 
 
