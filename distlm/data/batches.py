@@ -12,7 +12,9 @@ samples of a whole training from 0, and step s (from 1) trains the positions (s 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,8 +87,11 @@ class StepOrder:
         # One assignment of one tuple, so that threads may ask for different steps at once.
         self._last_window: tuple[range, Int64s, Int64s] = range(0), np.empty(0, np.int64), np.empty(0, np.int64)
 
-    def step(self, step: int) -> StepSamples:
+        # A step is asked for once for each of its micro batches, and the next ones are prepared meanwhile.
+        self.step: Callable[[int], StepSamples] = lru_cache(maxsize=8)(self._step)
         """The samples of a step, counted from 1."""
+
+    def _step(self, step: int) -> StepSamples:
         size = self._global_batch
         if self._group_by_length:
             passes, indices = self._grouped(step - 1)

@@ -5,6 +5,8 @@ B samples, S tokens of the longest, L labels, T targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +14,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distlm.data.samples import IGNORED, Samples, pad
+from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
 
 if TYPE_CHECKING:
     from distlm.tasks import Batch
+
+
+class OnSamples:
+    """What the tasks on labelled samples do alike: nothing is changed in the model, and no head told apart."""
+
+    def dataset(self, paths: Sequence[Path]) -> SampleDataset:
+        return SampleDataset(paths)
+
+    def attach(self, model: nn.Module) -> None:
+        pass
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        return None
 
 
 def make_batch(samples: Samples, labels: np.ndarray, pad_token_id: int) -> Batch:

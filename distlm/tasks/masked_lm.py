@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distlm.config.schema import MaskedLMTask
 from distlm.data.order import uniform
 from distlm.data.pack import PackedDataset
+from distlm.data.samples import IGNORED
 from distlm.tasks.scores import Evaluation
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from distlm.tasks import Batch
     from distlm.tasks.words import WordParts
     from distlm.worker.prepare import Prepared
-
-IGNORED = -100
-"""Label of a token that is not predicted, as everywhere in transformers."""
 
 EVALUATION_SEED = 0
 """Evaluation always hides the same tokens, so that runs with different seeds compare."""

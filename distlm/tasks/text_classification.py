@@ -5,8 +5,6 @@ B samples, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +15,14 @@ from torch.nn import functional as F
 from distlm.config.schema import TextClassificationTask
 from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
 from distlm.tasks import scores
-from distlm.tasks.labelled import LabelLoss, logits_of, make_batch
+from distlm.tasks.labelled import LabelLoss, OnSamples, logits_of, make_batch
 
 if TYPE_CHECKING:
     from distlm.tasks import Batch
     from distlm.worker.prepare import Prepared
 
 
-class TextClassification:
+class TextClassification(OnSamples):
     """See `distlm.tasks.Task`. Labels of a batch: ids [B]; 0 and 1 as floats [B, L]; or numbers [B]. NaN: left out."""
 
     def __init__(self, config: TextClassificationTask, prepared: Prepared) -> None:
@@ -33,15 +31,6 @@ class TextClassification:
         self._labels, self._num_labels = prepared.labels, prepared.num_labels
         self._weights = prepared.label_weights
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
-
-    def dataset(self, paths: Sequence[Path]) -> SampleDataset:
-        return SampleDataset(paths)
-
-    def attach(self, model: nn.Module) -> None:
-        pass
-
-    def head(self, model: nn.Module) -> nn.Module | None:
-        return None
 
     def collate(self, samples: Samples, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
         if self._problem == "multi_label_classification":

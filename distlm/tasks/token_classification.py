@@ -8,8 +8,6 @@ B samples, S tokens of the longest, L labels, T targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,29 +17,20 @@ from torch import nn
 from distlm.config.schema import TokenClassificationTask
 from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
 from distlm.tasks import scores, tags
-from distlm.tasks.labelled import LabelLoss, logits_of, make_batch
+from distlm.tasks.labelled import LabelLoss, OnSamples, logits_of, make_batch
 
 if TYPE_CHECKING:
     from distlm.tasks import Batch
     from distlm.worker.prepare import Prepared
 
 
-class TokenClassification:
+class TokenClassification(OnSamples):
     """See `distlm.tasks.Task`. Labels of a batch: ids [B, S]."""
 
     def __init__(self, config: TokenClassificationTask, prepared: Prepared) -> None:
         self._pad_token_id = prepared.pad_token_id
         self._labels, self._scheme = np.array(prepared.labels, dtype=object), tags.TagScheme(prepared.tag_scheme)
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
-
-    def dataset(self, paths: Sequence[Path]) -> SampleDataset:
-        return SampleDataset(paths)
-
-    def attach(self, model: nn.Module) -> None:
-        pass
-
-    def head(self, model: nn.Module) -> nn.Module | None:
-        return None
 
     def collate(self, samples: Samples, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
         return make_batch(samples, pad(samples.labels, IGNORED), self._pad_token_id)
