@@ -29,20 +29,21 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hf_trainer
 import yaml
-from common import PEPS, machine, median_and_spread, peak_memory_gib, table, torchrun, write_config
+from common import PEPS, machine, median_and_spread, table, torchrun, write_config
+from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured
 from step_time import submit
 
 DATA = PEPS.parent
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
-LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 5e-4, 0.01, 1.0
+LEARNING_RATE = 5e-4
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0}
 TASKS = ("token-classification", "text-classification")
 
@@ -63,16 +64,6 @@ class Case:
     """That are timed."""
     sampling: str = "random"
     """Of the Trainer: random or group_by_length."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one training said."""
-
-    seconds: float
-    """From the end of the warm-up to the end of the last step."""
-    loss: float
-    peak_gib: float
 
 
 def main() -> None:
@@ -230,7 +221,7 @@ def train_with_trainer(options: argparse.Namespace, case: Case, folder: Path) ->
 
 
 def trainer_main(case: Case, result: Path) -> None:
-    """One process of the Hugging Face Trainer, as its documentation sets it up."""
+    """One process of the Trainer, with PEFT."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import (
@@ -239,11 +230,6 @@ def trainer_main(case: Case, result: Path) -> None:
         AutoTokenizer,
         DataCollatorForTokenClassification,
         DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainerControl,
-        TrainerState,
-        TrainingArguments,
     )
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -264,51 +250,20 @@ def trainer_main(case: Case, result: Path) -> None:
         ),
     )
 
-    class Clock(TrainerCallback):
-        began_s = peak_gib = seconds = 0.0
-
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
-            if state.global_step == case.warmup_steps:
-                self.began_s = time.perf_counter()
-            elif state.global_step == state.max_steps:
-                self.seconds, self.peak_gib = time.perf_counter() - self.began_s, peak_memory_gib()
-
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=str(result.parent / "trainer"),
-        use_cpu=True,
-        ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
-        bf16=case.precision == "bf16",
+    collator = DataCollatorForTokenClassification if is_token_task else DataCollatorWithPadding
+    hf_trainer.train_with_trainer(
+        model,
+        samples,
+        collator(tokenizer),
+        result,
+        warmup_steps=case.warmup_steps,
+        precision=case.precision,
         per_device_train_batch_size=case.batch,
         train_sampling_strategy=case.sampling,
         max_steps=case.warmup_steps + case.steps,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_GRAD_NORM,
         **ADAM,
-        # By default Trainer 5 multiplies the loss of a BERT, which is a mean already, by the number of workers.
-        average_tokens_across_devices=False,
-        logging_steps=case.warmup_steps,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=samples,
-        data_collator=(DataCollatorForTokenClassification if is_token_task else DataCollatorWithPadding)(tokenizer),
-        callbacks=[clock],
-    )
-    trainer.train()
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e and e["step"] > case.warmup_steps]
-    if os.environ["RANK"] == "0":
-        result.write_text(json.dumps(asdict(Measured(clock.seconds, statistics.mean(losses), clock.peak_gib))))
-    torch.distributed.destroy_process_group()  # else a process may abort when it ends, with the gloo threads running
 
 
 def conll_samples(tokenizer: Any, max_seq_length: int) -> tuple[list[dict[str, Any]], int]:

@@ -20,38 +20,27 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hf_trainer
 from common import (
     SHAPES,
     machine,
     median_and_spread,
     model_config,
-    peak_memory_gib,
     prepare,
     table,
     text_source,
     torchrun,
     write_config,
 )
+from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}
-LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, MLM_PROBABILITY = 1e-4, 0.01, 1.0, 0.15
+LEARNING_RATE, MLM_PROBABILITY = 1e-4, 0.15
 VOCAB_SIZE = 30_522
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one training said."""
-
-    seconds: float
-    """From the end of the warm-up to the end of the last step."""
-    loss: float
-    peak_gib: float
 
 
 def main() -> None:
@@ -154,19 +143,10 @@ def train_with_trainer(options: argparse.Namespace, run: Path, result: Path) -> 
 
 
 def trainer_main(run_folder: Path, result: Path) -> None:
-    """One process of the Hugging Face Trainer on the prepared run, as its documentation sets it up."""
+    """One process of the Trainer on the prepared run."""
     import numpy as np
     import torch
-    from transformers import (
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-        DataCollatorForLanguageModeling,
-        Trainer,
-        TrainerCallback,
-        TrainerControl,
-        TrainerState,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
 
     from distlm.config.attempt import load_attempt
     from distlm.data.pack import PackedDataset
@@ -176,7 +156,6 @@ def trainer_main(run_folder: Path, result: Path) -> None:
     run = RunFolder(run_folder)
     training = load_attempt(run, run.attempts()[-1]).config.training
     packed = PackedDataset([Path(path) for path in read_json(run.init / "prepared.json")["train_paths"]])
-    warmup_steps = training.logging_steps
 
     class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
@@ -185,51 +164,19 @@ def trainer_main(run_folder: Path, result: Path) -> None:
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"input_ids": packed[np.array([index])][0].tolist()}
 
-    class Clock(TrainerCallback):
-        began_s = peak_gib = seconds = 0.0
-
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
-            if state.global_step == warmup_steps:
-                self.began_s = time.perf_counter()
-            elif state.global_step == state.max_steps:
-                self.seconds, self.peak_gib = time.perf_counter() - self.began_s, peak_memory_gib()
-
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=str(run.path / "trainer"),
-        use_cpu=True,
-        ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
-        bf16=training.mixed_precision == "bf16",
+    tokenizer = AutoTokenizer.from_pretrained(run.init / "tokenizer")
+    hf_trainer.train_with_trainer(
+        AutoModelForMaskedLM.from_pretrained(run.init / "model", dtype=torch.float32),
+        Samples(),
+        DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY),
+        result,
+        warmup_steps=training.logging_steps,
+        precision=training.mixed_precision,
         per_device_train_batch_size=training.per_device_train_batch_size,
         max_steps=training.max_steps or 0,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_GRAD_NORM,
         **ADAM,
-        # By default Trainer 5 multiplies the loss of a BERT, which is a mean already, by the number of workers.
-        average_tokens_across_devices=False,
-        logging_steps=warmup_steps,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
-    tokenizer = AutoTokenizer.from_pretrained(run.init / "tokenizer")
-    trainer = Trainer(
-        model=AutoModelForMaskedLM.from_pretrained(run.init / "model", dtype=torch.float32),
-        args=arguments,
-        train_dataset=Samples(),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY),
-        callbacks=[clock],
-    )
-    trainer.train()
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e and e["step"] > warmup_steps]
-    if os.environ["RANK"] == "0":
-        result.write_text(json.dumps(asdict(Measured(clock.seconds, statistics.mean(losses), clock.peak_gib))))
-    torch.distributed.destroy_process_group()  # else a process may abort when it ends, with the gloo threads running
 
 
 def parse(*arguments: str) -> argparse.Namespace:
