@@ -1,6 +1,6 @@
 """Which samples a step trains on, and how they are cut into micro batches; numpy only.
 
-Samples of different lengths are padded to the longest of their micro batch, and padding costs as much as text. Two
+Samples of different lengths are padded to one length in their micro batch, and padding costs as much as text. Two
 things mend that: steps of samples of like length (`group_by_length`), and micro batches that hold no more than so many
 tokens (`max_tokens`). A step is a function of (seed, epoch, index) alone, as the order of the samples is: the same for
 every number of workers and for every length of the run, and found from any step without going through those before.
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distlm.data.order import Int64s, SampleOrder, uniform
+from distlm.data.samples import round_up
 
 if TYPE_CHECKING:
     from distlm.config.resolve import BatchPlan
@@ -154,7 +155,7 @@ def _even_bounds(total: int, count: int) -> Int64s:
 
 def _fits(lengths: Lengths, bounds: Int64s, max_tokens: int) -> bool:
     """Whether pieces of samples that are sorted, longest first, hold `max_tokens` at most, or one sample."""
-    rows, longest = np.diff(bounds), lengths[bounds[:-1]]
+    rows, longest = np.diff(bounds), round_up(lengths[bounds[:-1]])
     return bool(((rows == 1) | (rows * longest <= max_tokens)).all())
 
 
@@ -186,7 +187,8 @@ def evaluation_batches(
     batches = []
     start = 0
     while start < len(indices):
-        rows = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // max(1, int(lengths[start]))))
+        longest = max(1, int(round_up(lengths[start])))
+        rows = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // longest))
         batches.append(EvaluationBatch(indices[start : start + rows], is_counted=True))
         start += rows
     filler = EvaluationBatch(indices[-1:], is_counted=False)  # the shortest sample costs least

@@ -155,7 +155,8 @@ class Predictor:
                 labels=[],
                 rows=[],
             )
-            inputs = make_batch(samples, np.zeros(len(chosen)), self._pad_token_id)
+            length = samples.padded_length(self._settings.max_seq_length)
+            inputs = make_batch(samples, np.zeros(len(chosen)), self._pad_token_id, length)
             with torch.no_grad():
                 logits = logits_of(self._model, inputs, self._device)
             if logits.ndim == 3:  # prompt tuning puts tokens of its own before

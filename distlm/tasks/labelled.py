@@ -33,17 +33,17 @@ class OnSamples:
         return None
 
 
-def make_batch(samples: Samples, labels: np.ndarray, pad_token_id: int) -> Batch:
-    """Samples padded to the longest, with their labels [B, ...]."""
+def make_batch(samples: Samples, labels: np.ndarray, pad_token_id: int, length: int) -> Batch:
+    """Samples padded to `length` tokens, with their labels [B, ...]."""
     lengths = np.array([len(ids) for ids in samples.input_ids])
-    input_ids = pad(samples.input_ids, pad_token_id)
+    input_ids = pad(samples.input_ids, pad_token_id, length=length)
     batch = {
         "input_ids": input_ids,
         "attention_mask": (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64),
         "labels": labels,
     }
     if samples.token_type_ids is not None:
-        batch["token_type_ids"] = pad(samples.token_type_ids, 0)
+        batch["token_type_ids"] = pad(samples.token_type_ids, 0, length=length)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -27,7 +27,7 @@ class TextClassification(OnSamples):
 
     def __init__(self, config: TextClassificationTask, prepared: Prepared) -> None:
         self._problem = config.problem_type
-        self._pad_token_id = prepared.pad_token_id
+        self._pad_token_id, self._max_seq_length = prepared.pad_token_id, prepared.max_seq_length
         self._labels, self._num_labels = prepared.labels, prepared.num_labels
         self._weights = prepared.label_weights
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
@@ -38,7 +38,7 @@ class TextClassification(OnSamples):
         else:
             labels = np.concatenate(samples.labels)
             labels = labels.astype(np.float32 if self._problem == "regression" else np.int64)
-        return make_batch(samples, labels, self._pad_token_id)
+        return make_batch(samples, labels, self._pad_token_id, samples.padded_length(self._max_seq_length))
 
     def count_targets(self, batch: Batch) -> float:
         labels = batch["labels"]

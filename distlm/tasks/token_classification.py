@@ -28,12 +28,13 @@ class TokenClassification(OnSamples):
     """See `distlm.tasks.Task`. Labels of a batch: ids [B, S]."""
 
     def __init__(self, config: TokenClassificationTask, prepared: Prepared) -> None:
-        self._pad_token_id = prepared.pad_token_id
+        self._pad_token_id, self._max_seq_length = prepared.pad_token_id, prepared.max_seq_length
         self._labels, self._scheme = np.array(prepared.labels, dtype=object), tags.TagScheme(prepared.tag_scheme)
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
 
     def collate(self, samples: Samples, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
-        return make_batch(samples, pad(samples.labels, IGNORED), self._pad_token_id)
+        length = samples.padded_length(self._max_seq_length)
+        return make_batch(samples, pad(samples.labels, IGNORED, length=length), self._pad_token_id, length)
 
     def count_targets(self, batch: Batch) -> float:
         return self._label_loss.count(batch["labels"])

@@ -79,6 +79,10 @@ class Prepared:
     drawn_weights: list[str] = field(default_factory=list)
     """Weights of a pretrained model that it did not have: its head for this task."""
 
+    @property
+    def max_seq_length(self) -> int:
+        return int(self.data_info["max_seq_length"])
+
 
 def sample_order(config: RunConfig, sizes: Sequence[int]) -> SampleOrder:
     """The order of the training samples, of which source i has `sizes[i]`."""

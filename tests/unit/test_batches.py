@@ -17,6 +17,7 @@ import pytest
 from distlm.config.resolve import BatchPlan, legal_world_sizes
 from distlm.data.batches import BATCHES_PER_WINDOW, StepOrder, StepSamples, evaluation_batches
 from distlm.data.order import SampleOrder
+from distlm.data.samples import round_up
 
 REAL_DATA = Path(os.environ.get("DISTLM_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -56,7 +57,7 @@ def padding_share(steps: list[StepSamples], lengths: np.ndarray) -> float:
     for step in steps:
         for micro_batch in step.micro_batches:
             mine = lengths[step.indices[micro_batch]]
-            computed += len(mine) * int(mine.max())
+            computed += len(mine) * int(round_up(mine.max()))
             real += int(mine.sum())
     return 1 - real / computed
 
@@ -174,7 +175,9 @@ def test_micro_batches_keep_to_the_budget_at_every_world_size() -> None:
             assert [i for piece in pieces for i in range(size)[piece]] == list(range(size))
             rows = [piece.stop - piece.start for piece in pieces]
             assert min(rows) >= 1 and max(rows) - min(rows) <= 1 and max(rows) <= micro
-            assert all(r == 1 or r * own[piece.start] <= budget for r, piece in zip(rows, pieces, strict=True))
+            assert all(
+                r == 1 or r * round_up(own[piece.start]) <= budget for r, piece in zip(rows, pieces, strict=True)
+            )
             for world_size in legal_world_sizes(size // micro):
                 assert len(pieces) % world_size == 0
                 mine = [pieces[rank::world_size] for rank in range(world_size)]
@@ -183,7 +186,7 @@ def test_micro_batches_keep_to_the_budget_at_every_world_size() -> None:
             factors[factor] += 1
             if factor > 1:  # and one piece would not do with less
                 fewer = np.array_split(own, size // micro * (factor - 1))
-                assert any(len(part) * part[0] > budget for part in fewer)
+                assert any(len(part) * round_up(part[0]) > budget for part in fewer)
     assert {1, 2, 3} <= factors.keys() and factors.keys() - {1, 2, 4, 8}, "factors other than powers of two occur"
 
 
@@ -245,7 +248,7 @@ def test_an_evaluation_takes_each_sample_once_in_equal_numbers_of_batches(max_to
             for batch in batches:
                 rows = len(batch.indices)
                 assert 1 <= rows <= batch_size
-                assert max_tokens is None or rows == 1 or rows * lengths[batch.indices].max() <= max_tokens
+                assert max_tokens is None or rows == 1 or rows * round_up(lengths[batch.indices].max()) <= max_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- real text

@@ -21,7 +21,7 @@ from distlm.config.schema import DataConfig, Task
 from distlm.data.labelled import prepare_labelled
 from distlm.data.labels import LabelInfo, as_label, as_labels, label_weights
 from distlm.data.prepare import PreparedData
-from distlm.data.samples import IGNORED, SampleDataset, Samples, SampleWriter, pad, sample_schema
+from distlm.data.samples import IGNORED, SampleDataset, Samples, SampleWriter, pad, round_up, sample_schema
 from distlm.data.train_tokenizer import train_tokenizer
 from distlm.errors import InputError
 
@@ -475,3 +475,15 @@ def test_samples_come_back_from_several_files_and_batches(tmp_path: Path, monkey
     assert len(SampleDataset([paths[1]])) == 0
     assert pad(found.input_ids[2:4], -7).tolist() == [[0, 1, 2], [0, 1, 2]]
     assert pad(found.input_ids[1:3], -7).tolist() == [[-7, -7, -7], [0, 1, 2]]
+    assert pad(found.input_ids[1:3], -7, length=4).tolist() == [[-7] * 4, [0, 1, 2, -7]]
+
+
+def test_batches_have_few_lengths_and_no_more_than_a_model_has_positions() -> None:
+    lengths = np.arange(1, 1025)
+    rounded = round_up(lengths)
+    assert rounded[:16].tolist() == list(range(1, 17)), "a token is much of a short text"
+    assert (rounded >= lengths).all() and (rounded / lengths).max() <= 1.125
+    assert len(set(rounded[:128])) == 16 + 3 * 8
+    assert {16, 32, 64, 128, 256, 512, 1024} <= set(rounded)
+    samples = Samples([np.zeros(3, np.int32), np.zeros(33, np.int32)], None, [], [])
+    assert [samples.padded_length(limit) for limit in (512, 36, 35, 33)] == [36, 36, 35, 33]

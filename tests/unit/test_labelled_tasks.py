@@ -42,7 +42,7 @@ def prepared(weights: list[float] | None = None, num_labels: int = NUM_LABELS, s
         num_parameters=1,
         forward_flops_per_sample=1.0,
         masked_only_head=False,
-        data_info={},
+        data_info={"max_seq_length": max(LENGTHS)},
         train_mixture=[],
         data_was_cached=True,
         labels=[*NAMES, *UNSEEN] if num_labels > 1 else [],
