@@ -100,8 +100,8 @@ class TokenClassificationTask(Section):
     """Names of the labels (in iob2, where there is a scheme), in the order of their ids; null: those of the training
     data, sorted."""
     label_all_tokens: bool = False
-    """Train all tokens of a word on its label (of B-PER, the further ones on I-PER); false: the first one only. What is
-    predicted for a word is always what is predicted for its first token."""
+    """Train all tokens of a word on its label (of B-PER, the further ones on I-PER); false: the first one only. A
+    word is always predicted from its first token."""
     context: Literal["row", "document"] = "row"
     """What a word is seen with. row: the words of its row. document: as many consecutive rows of its document as fit
     into a sample (see `document_column`), each ended by a separator."""

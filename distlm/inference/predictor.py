@@ -21,7 +21,9 @@ from distlm.data.texts import encode_texts
 from distlm.errors import TrainingError
 from distlm.inference.run_settings import RunSettings
 from distlm.run_folder import RunFolder
+from distlm.tasks.decoding import WordDecoder
 from distlm.tasks.labelled import logits_of, make_batch
+from distlm.tasks.tags import TagScheme
 from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
 from distlm.worker.cpu_layers import use_cpu_layers
 from distlm.worker.trained_model import load_verified_step, tokenizer_of
@@ -82,6 +84,7 @@ class Predictor:
         self._labels = np.array(self._settings.labels, dtype=object)
         self._pad_token_id = self._settings.prepared.pad_token_id
         self._words = WordEncoder(self._tokenizer, self._settings.max_seq_length)
+        self._decoder = WordDecoder(self._labels.tolist(), TagScheme(self._settings.prepared.tag_scheme))
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
         """A prediction for each, in their order. Raises TrainingError where the model gives no finite numbers."""
@@ -118,22 +121,26 @@ class Predictor:
         task = self._settings.task
         assert isinstance(task, TokenClassificationTask)
         texts = [list(example.text) for example in examples]
-        found = [np.full(len(words), "", dtype=object) for words in texts]
+        found: list[dict[int, np.ndarray]] = [{} for _ in texts]  # what the decoder needs of each word
         documents = [example.document for example in examples]
         groups = group(documents, self._words.windows(texts), self._words, task.context)
         samples = [self._words.sample(windows) for complete, _ in groups for windows in complete]
         samples = [sample for sample in samples if any(place is not None for place in sample.words)]
         types = [sample.token_types for sample in samples] if task.case_feature else None
         for indices, logits in self._logits([sample.input_ids for sample in samples], types):
-            ids = logits.argmax(-1).numpy()  # [B, S]
+            reduced = self._decoder.reduce(logits.numpy())  # [B, S, ...]
             for b, index in enumerate(indices.tolist()):
                 previous: tuple[int, int] | None = None
                 for position, place in enumerate(samples[index].words):
-                    if place is not None and place != previous:  # a word is given what its first token is given
+                    if place is not None and place != previous:  # the first token stands for its word
                         row, word = place
-                        found[row][word] = self._labels[ids[b, position]]
+                        found[row][word] = reduced[b, position]
                     previous = place
-        return [{"labels": labels.tolist()} for labels in found]
+        return [{"labels": self._decoded([words[i] for i in range(len(words))])} for words in found]
+
+    def _decoded(self, words: list[np.ndarray]) -> list[str]:
+        names: list[str] = self._labels[self._decoder.decode(np.array(words))].tolist()
+        return names
 
     def _logits(
         self, input_ids: Sequence[list[int]], token_types: Sequence[list[int]] | None

@@ -1,7 +1,8 @@
 """Classification of the words of a text: named entities, slots, parts of speech.
 
-What a word is given is what is predicted for its first token. A text that is longer than a sample was divided into
-several, of which each word is labelled in one (`distlm.data.tagged`); for the scores they are put together again.
+A word is predicted from its first token, and where labels are tags, so that it goes with the words before it
+(`distlm.tasks.decoding`). A text that is longer than a sample was divided into several, of which each word is labelled
+in one (`distlm.data.tagged`); for predictions they are put together again.
 
 B samples, S tokens of the longest, L labels, T targets.
 """
@@ -17,6 +18,7 @@ from torch import nn
 from distlm.config.schema import TokenClassificationTask
 from distlm.data.samples import IGNORED, SampleDataset, Samples, pad
 from distlm.tasks import scores, tags
+from distlm.tasks.decoding import WordDecoder
 from distlm.tasks.labelled import LabelLoss, OnSamples, logits_of, make_batch
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class TokenClassification(OnSamples):
     def __init__(self, config: TokenClassificationTask, prepared: Prepared) -> None:
         self._pad_token_id, self._max_seq_length = prepared.pad_token_id, prepared.max_seq_length
         self._labels, self._scheme = np.array(prepared.labels, dtype=object), tags.TagScheme(prepared.tag_scheme)
+        self._decoder = WordDecoder(prepared.labels[: prepared.num_labels], self._scheme)
         self._label_loss = LabelLoss(prepared.num_labels, prepared.label_weights, config.label_smoothing_factor)
 
     def collate(self, samples: Samples, epochs: np.ndarray, indices: np.ndarray, training: bool) -> Batch:
@@ -45,20 +48,29 @@ class TokenClassification(OnSamples):
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         labels = batch["labels"].to(device, non_blocking=True)
         logits = logits_of(model, batch, device)[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own before
-        return self._label_loss.sum(logits.flatten(0, 1), labels.flatten()), logits.detach().argmax(dim=-1)
+        return self._label_loss.sum(logits.flatten(0, 1), labels.flatten()), logits.detach()
 
     def judge(self, batch: Batch, indices: np.ndarray, predicted: torch.Tensor) -> list[tuple[int, np.ndarray]]:
         is_word = (batch["labels"] != IGNORED).numpy()
-        ids = predicted.cpu().numpy().astype(np.int32)
-        return [(int(index), ids[b][is_word[b]]) for b, index in enumerate(indices) if is_word[b].any()]
+        logits = predicted.cpu().numpy()
+        return [
+            (int(index), self._decoder.reduce(logits[b][is_word[b]]))
+            for b, index in enumerate(indices)
+            if is_word[b].any()
+        ]
 
     def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> scores.Evaluation:
-        labels: dict[int, list[str]] = {}
-        predictions: dict[int, list[str]] = {}
-        for index, predicted in sorted((pair for batch in judged for pair in batch), key=lambda pair: pair[0]):
+        labels: dict[int, list[np.ndarray]] = {}
+        predictions: dict[int, list[np.ndarray]] = {}
+        for index, reduced in sorted((pair for batch in judged for pair in batch), key=lambda pair: pair[0]):
             sample = data[np.array([index])]
             wanted = sample.labels[0][sample.labels[0] != IGNORED]
-            for row, label, prediction in zip(sample.rows[0].tolist(), wanted, predicted, strict=True):
-                labels.setdefault(row, []).append(self._labels[label])
-                predictions.setdefault(row, []).append(self._labels[prediction])
-        return scores.tagging(list(labels.values()), list(predictions.values()), self._scheme)
+            for row in dict.fromkeys(sample.rows[0].tolist()):
+                is_of_row = sample.rows[0] == row
+                labels.setdefault(row, []).append(wanted[is_of_row])
+                predictions.setdefault(row, []).append(reduced[is_of_row])
+        return scores.tagging(
+            [self._labels[np.concatenate(windows)].tolist() for windows in labels.values()],
+            [self._labels[self._decoder.decode(np.concatenate(windows))].tolist() for windows in predictions.values()],
+            self._scheme,
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from distlm.config.schema import TextClassificationTask, TokenClassificationTask
@@ -328,8 +328,9 @@ def test_words_are_scored_in_the_rows_that_they_are_of() -> None:
     batch = collated(task, samples)
     assert "token_type_ids" not in batch
     for change, f1 in ((1, 2 * 1 / (1 + 2)), (2, 0.0)):  # B-Y is never found
-        predicted = right.clone()
-        predicted[1, 1] = change
+        ids = right.clone()
+        ids[1, 1] = change  # I-X stays, since the row's words are decoded together: the B-X is in the other window
+        predicted = 5.0 * one_hot(ids, NUM_LABELS)
         first, last = slice(0, 1), slice(1, 3)
         judged = [
             task.judge({name: tensor[part_] for name, tensor in batch.items()}, np.arange(3)[part_], predicted[part_])
