@@ -309,7 +309,10 @@ def _task(config: RunConfig) -> Iterator[Problem]:
     if task.type == "masked-lm":
         return
     if config.tokenizer.train is not None:
-        message = "is for masked-lm only; give tokenizer.name_or_path, or leave it out: the model has a tokenizer"
+        message = (
+            "is for masked-lm only; leave it out where the model has a tokenizer, else give tokenizer.name_or_path, or "
+            "pretrain a model with it and fine-tune that (model.name_or_path: run:RUN)"
+        )
         yield Problem(message, "tokenizer.train")
     if task.labels is not None and len(set(task.labels)) < len(task.labels):
         yield Problem("names a label twice", "task.labels")

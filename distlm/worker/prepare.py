@@ -382,6 +382,8 @@ def _make_initial_weights(
         if adapter.changed_base:  # what the exported adapter is for
             shutil.copytree(run.init / "model", run.init / "base", dirs_exist_ok=True)
         save_initial(adapter, run.init)  # uses the model up
+    if (config.peft or {}).get("adapter_name_or_path"):
+        drawn = []  # an earlier adapter brings all that is trained, the head with it
     return drawn, num_trainable
 
 

@@ -380,6 +380,8 @@ def test_pretrained_then_fine_tuned_then_fine_tuned_further(data: Data) -> None:
         model={"name_or_path": "run:pretrained"},
         peft={"adapter_name_or_path": "run:first@6"},
     )
+    assert first.prepared.drawn_weights == ["classifier.bias", "classifier.weight"]
+    assert further.prepared.drawn_weights == [], "the first run's adapter has brought the head"
     adapter = dict(InitialTensors(further.run.init / "adapter"))
     assert trained.keys() <= adapter.keys()
     for name, weight in trained.items():
