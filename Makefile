@@ -34,6 +34,8 @@ bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/finetune.py
+	$(BIN)/python benchmarks/finetune.py --memory
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,13 +1,11 @@
 """Samples per second of LoRA fine-tuning: distlm against the Hugging Face Trainer with PEFT, everything else the same.
 
-    python benchmarks/finetune.py [--precision no bf16] [--repeat 3]                   # the Trainer alone
-    python benchmarks/finetune.py --config ner.yaml intents.yaml [...]                 # both
-    python benchmarks/finetune.py --config ner.yaml --memory                           # distlm's memory
+    python benchmarks/finetune.py [--precision no bf16] [--repeat 3]
+    python benchmarks/finetune.py --memory
 
 Named entities of CoNLL-2003 (token classification) and the intents of BANKING77 (text classification), with
 all-MiniLM-L6-v2 and LoRA of rank 16 on every linear layer of the encoder, its head trained in full, on CPU workers of
-this machine. A config is one of distlm's for either task; it says where the data is and how its samples are batched,
-and what is the same for both is set here. distlm runs under `distlm submit`; the Trainer under torchrun with
+this machine. A sample is a sentence, or a question. distlm runs under `distlm submit`; the Trainer under torchrun with
 DistributedDataParallel and padding to the longest sample of a micro batch, once with its samples at random, as is its
 default, and once grouped by length. The ways are interleaved, so that a busy moment of the machine hits all of them.
 
@@ -36,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import hf_trainer
-import yaml
 from common import PEPS, machine, median_and_spread, table, torchrun, write_config
 from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured
 from step_time import submit
@@ -45,7 +42,10 @@ DATA = PEPS.parent
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 LEARNING_RATE = 5e-4
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0}
-TASKS = ("token-classification", "text-classification")
+SOURCES: dict[str, dict[str, Any]] = {
+    "token-classification": {"paths": [str(DATA / "conll2003" / "train.conll")]},
+    "text-classification": {"paths": [str(DATA / "banking77" / "train.csv")], "label_column": "category"},
+}
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,11 @@ class Case:
 
 def main() -> None:
     options = parse()
-    configs = {}
-    for path in options.config:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        configs[tree["task"]["type"]] = tree
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.memory:
-            measure_memory(options, configs, Path(folder))
+            measure_memory(options, Path(folder))
         else:
-            measure_speed(options, configs, Path(folder))
+            measure_speed(options, Path(folder))
 
 
 def case_of(options: argparse.Namespace, task: str, precision: str) -> Case:
@@ -89,20 +85,17 @@ def case_of(options: argparse.Namespace, task: str, precision: str) -> Case:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(options: argparse.Namespace, configs: Mapping[str, dict[str, Any]], folder: Path) -> None:
+def measure_speed(options: argparse.Namespace, folder: Path) -> None:
     rows = []
-    for task in configs or TASKS:
+    for task in options.task:
         for precision in options.precision:
             case = case_of(options, task, precision)
+            grouped = replace(case, sampling="group_by_length")
             ways: dict[str, Callable[[], Measured]] = {
                 "Trainer": partial(train_with_trainer, options, case, folder),
-                "Trainer, grouped": partial(
-                    train_with_trainer, options, replace(case, sampling="group_by_length"), folder
-                ),
+                "Trainer, grouped": partial(train_with_trainer, options, grouped, folder),
+                "distlm": partial(train_with_distlm, case, distlm_tree(options, case, folder), folder),
             }
-            if task in configs:
-                tree = distlm_tree(options, case, configs[task], folder)
-                ways["distlm"] = partial(train_with_distlm, case, tree, folder)
             measured: dict[str, list[Measured]] = {name: [] for name in ways}
             for _ in range(options.repeat):
                 for name, train in ways.items():
@@ -124,7 +117,7 @@ def rows_of(case: Case, measured: Mapping[str, list[Measured]]) -> list[list[str
     rows = []
     for name, ones in measured.items():
         ratio = ""
-        if name != "distlm" and "distlm" in measured:
+        if name != "distlm":
             ratio = median_and_spread([a.seconds / b.seconds for a, b in zip(ones, measured["distlm"], strict=True)])
         rows.append(
             [
@@ -142,16 +135,15 @@ def rows_of(case: Case, measured: Mapping[str, list[Measured]]) -> list[list[str
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def measure_memory(options: argparse.Namespace, configs: Mapping[str, dict[str, Any]], folder: Path) -> None:
+def measure_memory(options: argparse.Namespace, folder: Path) -> None:
     rows = []
-    for task, given in configs.items():
+    for task in options.task:
         for precision in options.precision:
             case = case_of(options, task, precision)
             for zero_stage in (0, 2, 3):
                 peaks = []
                 for has_lora in (True, False):
-                    tree = distlm_tree(options, case, given, folder)
-                    tree["deepspeed"] = {**tree.get("deepspeed", {}), "zero_stage": zero_stage}
+                    tree = {**distlm_tree(options, case, folder), "deepspeed": {"zero_stage": zero_stage}}
                     if not has_lora:
                         del tree["peft"]
                     one = train_with_distlm(case, tree, folder)
@@ -169,17 +161,18 @@ def measure_memory(options: argparse.Namespace, configs: Mapping[str, dict[str, 
 # --- distlm -----------------------------------------------------------------------------------------------------------
 
 
-def distlm_tree(options: argparse.Namespace, case: Case, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The config that was given, with what is the same for both."""
+def distlm_tree(options: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any]:
     return {
-        **given,
         "runs_dir": str(folder / "runs"),
+        "task": {"type": case.task},
         "model": {"name_or_path": case.model},
-        "data": {**given["data"], "max_seq_length": case.max_seq_length},
+        "data": {
+            "train": [{"source": "files", **SOURCES[case.task]}],
+            "validation_fraction": 0.0,
+            "max_seq_length": case.max_seq_length,
+        },
         "peft": {"peft_type": "lora", "target_modules": "all-linear", **LORA},
         "training": {
-            **given.get("training", {}),
-            "num_train_epochs": None,
             "max_steps": case.warmup_steps + case.steps,
             "global_train_batch_size": case.batch * case.num_workers,
             "per_device_train_batch_size": case.batch,
@@ -306,8 +299,8 @@ def default_model() -> Path:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, nargs="+", default=[], help="of distlm, one for each task")
-    parser.add_argument("--memory", action="store_true", help="measure memory, not speed; needs --config")
+    parser.add_argument("--task", choices=SOURCES, nargs="+", default=list(SOURCES))
+    parser.add_argument("--memory", action="store_true", help="measure distlm's memory, not speed")
     parser.add_argument("--model", type=Path, help="folder of the model; default: the one of the package")
     parser.add_argument("--precision", choices=["bf16", "no"], nargs="+", default=["bf16", "no"])
     parser.add_argument("--sequence", type=int, default=128, help="tokens of a sample at most")
@@ -321,8 +314,6 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps % options.warmup_steps:
         parser.error("--steps must be a multiple of --warmup-steps: losses are logged every so many steps")
-    if options.memory and not options.config:
-        parser.error("--memory needs --config")
     options.model = options.model or default_model()
     return options
 
