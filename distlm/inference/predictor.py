@@ -166,8 +166,6 @@ class Predictor:
             inputs = make_batch(samples, np.zeros(len(chosen)), self._pad_token_id, length)
             with torch.no_grad():
                 logits = logits_of(self._model, inputs, self._device)
-            if logits.ndim == 3:  # prompt tuning puts tokens of its own before
-                logits = logits[:, -inputs["input_ids"].shape[1] :]
             if not torch.isfinite(logits).all():
                 raise TrainingError("the model gives numbers that are not finite; predict with another --step")
             yield batch.indices, logits.cpu()

@@ -48,7 +48,7 @@ def make_batch(samples: Samples, labels: np.ndarray, pad_token_id: int, length: 
 
 
 def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """What the model's head gives, in fp32."""
+    """What the model's head gives for texts [B, L] or their tokens [B, S, L], in fp32."""
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "labels"}
     if batch["attention_mask"].all():  # without one, transformers neither makes a mask nor looks whether it may
         del inputs["attention_mask"]

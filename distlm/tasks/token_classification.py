@@ -47,7 +47,7 @@ class TokenClassification(OnSamples):
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         labels = batch["labels"].to(device, non_blocking=True)
-        logits = logits_of(model, batch, device)[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own before
+        logits = logits_of(model, batch, device)
         return self._label_loss.sum(logits.flatten(0, 1), labels.flatten()), logits.detach()
 
     def judge(self, batch: Batch, indices: np.ndarray, predicted: torch.Tensor) -> list[tuple[int, np.ndarray]]:

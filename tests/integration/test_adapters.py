@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ranks import run_on_ranks
-from tiny_adapters import engine_with_adapter, load_base, loss_of, train, write_base, write_init
+from tiny_adapters import NUM_LABELS, engine_with_adapter, load_base, loss_of, train, write_base, write_init
 from tiny_training import MICRO_BATCHES_PER_STEP, micro_batch, num_masked_tokens
 
 from distlm.checkpoint.manifest import Progress
@@ -95,6 +95,20 @@ def test_every_weight_of_an_adapter_is_trained(root: Path, alone: dict[str, Any]
             if torch.equal(torch.from_numpy(weight), initial[parameter])
         ]
         assert not unchanged, name
+
+
+@pytest.mark.parametrize("peft_type", ["prompt-tuning", "p-tuning"])
+def test_virtual_tokens_before_a_text_are_not_labelled(tmp_path: Path, peft_type: str) -> None:
+    """PEFT gives logits [B, V + S, L]."""
+    write_base(tmp_path / "original", TOKEN_CLASSIFIER)
+    write_init(tmp_path, {"peft_type": peft_type, "num_virtual_tokens": 4}, TOKEN_CLASSIFIER)
+    model = load_adapter(load_base(tmp_path / "model", TOKEN_CLASSIFIER), tmp_path / "adapter").eval()
+    input_ids = torch.arange(5, 21).view(2, 8)
+    found = model(input_ids=input_ids).logits
+    model._forward_hooks.clear()
+    of_peft = model(input_ids=input_ids).logits
+    assert of_peft.shape == (2, 12, NUM_LABELS)
+    assert torch.equal(found, of_peft[:, 4:])
 
 
 def test_what_was_trained_is_exported(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:

@@ -249,26 +249,6 @@ def test_labels_that_no_model_knows_are_no_part_of_the_loss() -> None:
     assert losses[0] == losses[1]
 
 
-def test_virtual_tokens_before_a_text_are_not_labelled() -> None:
-    """Prompt tuning gives logits [B, V + S, L]."""
-
-    class WithVirtualTokens(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = model(BertForTokenClassification)
-
-        def forward(self, **inputs: Any) -> Any:
-            output = self.network(**inputs)
-            output.logits = torch.cat([torch.full_like(output.logits[:, :4], 99.0), output.logits], dim=1)
-            return output
-
-    task = word_task()
-    batch = collated(task, texts(word_labels()))
-    with_virtual, plain = (task.loss(net, batch, CPU) for net in (WithVirtualTokens(), WithVirtualTokens().network))
-    assert float(with_virtual[0]) == float(plain[0])
-    assert torch.equal(with_virtual[1], plain[1])
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
