@@ -293,7 +293,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Compute the metrics of the run's task, and its tables, on other labelled data.",
     )
     _add_run(evaluate)
-    evaluate.add_argument("data", type=Path, nargs="+", metavar="DATA", help="file, or several, with labels")
+    evaluate.add_argument(
+        "data", type=Path, nargs="+", metavar="DATA", help="file, or several, with labels; COLUMN=FILE: parallel files"
+    )
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder for the tables: scores of each label, ...")
     _add_step(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print an object for programs")

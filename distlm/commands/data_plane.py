@@ -22,6 +22,9 @@ def continue_in(module: str, *arguments: object) -> NoReturn:
 
 def main(arguments: list[str]) -> int:
     module, *others = arguments
+    # These run beside trainings that have all cores: threads of torch that spin while they wait for one another, which
+    # is the default, then take several times as long as threads that sleep. OpenMP reads it when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return exit_code_of(lambda: import_module(module).main(others))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from distlm.config.resolve import looks_at_documents
-from distlm.config.schema import FilesSource, TokenClassificationTask
+from distlm.config.schema import FilesSource, ParallelSource, TokenClassificationTask
 from distlm.console import exit_code_of, say
 from distlm.data.batches import evaluation_batches
 from distlm.data.labelled import ROWS_AT_ONCE, columns_of, make_encoder
@@ -34,7 +34,7 @@ from distlm.data.tagged import words_of
 from distlm.errors import ExitCode, InputError, Problem
 from distlm.inference.predict import interruptible, parse
 from distlm.inference.predictor import EvaluatedModel, best_device
-from distlm.inference.run_settings import RunSettings, files_source, named_as_arguments
+from distlm.inference.run_settings import RunSettings, labelled_source, named_as_arguments
 from distlm.run_folder import RunFolder
 from distlm.table_arguments import TableArguments, add_table_arguments
 from distlm.tasks import Task, tags
@@ -61,7 +61,7 @@ class Evaluated:
 class _Rows:
     """The rows of files, again and again."""
 
-    def __init__(self, source: FilesSource, has_documents: bool) -> None:
+    def __init__(self, source: FilesSource | ParallelSource, has_documents: bool) -> None:
         self.columns = columns_of(source, "data", has_documents)
         self._source = LabelledSource("data", source, labelled_columns(source, has_documents), source)
 
@@ -76,7 +76,7 @@ def evaluate(
 ) -> Evaluated:
     """Raises InputError for data that cannot be read, and what `load_trained_model` raises."""
     settings = RunSettings.of(run, "evaluate")
-    source = files_source(settings, paths, about)
+    source = labelled_source(settings, paths, about)
     with named_as_arguments(), tempfile.TemporaryDirectory(prefix="distlm-evaluate-") as folder:
         rows = _Rows(source, looks_at_documents(settings.task))
         task_config = _with_known_labels(settings, rows)

@@ -6,18 +6,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from distlm.config.attempt import current_tree
 from distlm.config.load import expanded
-from distlm.config.schema import FilesSource, Source, Task, TextClassificationTask, TokenClassificationTask
+from distlm.config.schema import (
+    FilesSource,
+    ParallelSource,
+    Source,
+    Task,
+    TextClassificationTask,
+    TokenClassificationTask,
+)
 from distlm.data.tables import FormatName, describe_unsupported, format_of
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder, read_json
 from distlm.table_arguments import TableArguments, option
 from distlm.worker.prepare import Prepared
+
+_Source = TypeVar("_Source", FilesSource, ParallelSource)
 
 
 @dataclass(frozen=True)
@@ -71,28 +80,68 @@ class RunSettings:
         return self.prepared.labels[: self.prepared.num_labels]
 
 
+def labelled_source(
+    settings: RunSettings, paths: Sequence[Path], arguments: TableArguments
+) -> FilesSource | ParallelSource:
+    """How labelled data is read: tables as `files_source` has it; parallel files where each path is COLUMN=FILE."""
+    are_parallel = any("=" in str(path) and not path.exists() for path in paths)
+    if not are_parallel and not _looks_parallel(settings.source, paths, arguments):
+        return files_source(settings, paths, arguments)
+    columns: dict[str, str] = {}
+    for path in paths:
+        name, equals, file = str(path).partition("=")
+        if not (name and equals and file) or name in columns:
+            message = "name one file for each column, COLUMN=FILE (text=seq.in label=seq.out), or tables alone"
+            raise InputError(Problem(message, location=str(path)))
+        columns[name] = file
+    for argument in ("column_names", "delimiter", "format"):
+        if getattr(arguments, argument) is not None:
+            message = "is for tables; line i of each COLUMN=FILE is row i"
+            raise InputError(Problem(message, option(argument), getattr(arguments, argument)))
+    known = _columns_of_run(settings.source) | {"encoding": getattr(settings.source, "encoding", "utf-8")}
+    known |= _given(arguments, "text_column", "text_pair_column", "label_column", "encoding")
+    return _validated(ParallelSource, source="parallel", columns=columns, **known)
+
+
+def _looks_parallel(trained: Source, paths: Sequence[Path], arguments: TableArguments) -> bool:
+    """Whether files that are no tables are given to a run that was trained on such."""
+    no_table = any(format_of(path, rows=True) is None and not path.is_dir() for path in paths)
+    return trained.source == "parallel" and no_table and arguments.format is None
+
+
 def files_source(settings: RunSettings, paths: Sequence[Path], arguments: TableArguments) -> FilesSource:
     """How files are read: as the arguments say, else with the columns of the run's first training source, and, where
     that one is files of the same format, laid out as those are. Raises InputError."""
     trained: Any = settings.source
-    known: dict[str, Any] = {
-        "text_column": getattr(trained, "text_column", "text"),
-        "text_pair_column": trained.text_pair_column,
-        "label_column": trained.label_column,
-        "document_column": trained.document_column,
-    }
+    known = _columns_of_run(trained)
     form = _format(paths, arguments, trained)
     if trained.source == "files" and form == (trained.format or format_of(Path(trained.paths[0]), rows=True)):
         known |= {name: getattr(trained, name) for name in ("column_names", "delimiter", "encoding")}
     if arguments.column_names is not None:
         known["column_names"] = arguments.column_names.split(",")
-    for name in ("text_column", "text_pair_column", "label_column", "delimiter", "encoding"):
-        if (value := getattr(arguments, name)) is not None:
-            known[name] = value
+    known |= _given(arguments, "text_column", "text_pair_column", "label_column", "delimiter", "encoding")
     if arguments.delimiter == "\\t":  # what a shell makes of '\t'
         known["delimiter"] = "\t"
+    return _validated(FilesSource, source="files", paths=[str(path) for path in paths], format=form, **known)
+
+
+def _columns_of_run(trained: Any) -> dict[str, Any]:
+    return {
+        "text_column": getattr(trained, "text_column", "text"),
+        "text_pair_column": trained.text_pair_column,
+        "label_column": trained.label_column,
+        "document_column": trained.document_column,
+    }
+
+
+def _given(arguments: TableArguments, *names: str) -> dict[str, str]:
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _validated(kind: type[_Source], **keys: Any) -> _Source:
+    """Raises InputError, with the names of arguments for those of keys."""
     try:
-        return FilesSource(source="files", paths=[str(path) for path in paths], format=form, **known)
+        return kind(**keys)
     except ValidationError as error:
         problems = (
             Problem(details["msg"], option(str(details["loc"][0])), str(details["input"])) for details in error.errors()

@@ -344,6 +344,30 @@ def test_labels_that_training_did_not_have(
     assert found["unknown_labels"] == {"new": 1}
 
 
+def test_parallel_files(
+    labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = labelled_runs["words"].run
+    rows = sentences(20, 8)
+    words, labels = tmp_path / "seq.in", tmp_path / "seq=out"
+    words.write_text("".join(f"{' '.join(row[0])}\n" for row in rows))
+    labels.write_text("".join(f"{' '.join(row[1])}\n" for row in rows))
+    text = in_process(capsys, "evaluate", run, f"text={words}", f"label={labels}", "--json")
+    table = write_jsonl(tmp_path / "rows.jsonl", [{"text": row[0], "label": row[1]} for row in rows])
+    expected = json.loads(in_process(capsys, "evaluate", run, table, "--json"))
+    found = json.loads(text)
+    assert found["num_rows"] == 20 and found["metrics"] == expected["metrics"]
+    for arguments, message in (
+        ([f"text={words}"], "no column 'label'; the column is 'text'"),
+        ([f"text={words}", f"text={labels}"], "name one file for each column, COLUMN=FILE"),
+        ([f"text={words}", labels], "name one file for each column, COLUMN=FILE"),
+        ([f"text={words}", f"label={labels}", "--delimiter=;"], "--delimiter = ;: is for tables"),
+        ([f"text={words}", f"label={tmp_path}/nope"], "nope: no such file or folder"),
+        ([words], "unsupported suffix"),
+    ):
+        assert message in refusal(capsys, "evaluate", run, *arguments)
+
+
 def test_tags_in_another_scheme(
     labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
