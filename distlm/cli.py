@@ -331,9 +331,9 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
 def _add_step(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--step",
-        default="last",
         metavar="N|best|last",
-        help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default)",
+        help="which checkpoint: a step; the best by training.metric_for_best_model; the last good one (default: what "
+        "the run's own model is made of: best with training.load_best_model_at_end, else last)",
     )
 
 

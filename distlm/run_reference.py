@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distlm.checkpoint.listing import best_by
+from distlm.checkpoint.listing import best_by, of_final_model
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.commands.find import find_run
-from distlm.config.attempt import current_tree
 from distlm.config.load import LoadedConfig, load_tree
 from distlm.config.schema import RunConfig
 from distlm.errors import DistlmError, InputError, Problem
@@ -55,8 +54,7 @@ def _checkpoint(run: RunFolder, wanted: str) -> Checkpoint:
     known = store.checkpoints()
     if not known:
         raise InputError(f"run {run.run_id} has no checkpoint")
-    if not wanted:
-        wanted = "best" if current_tree(run)["training"].get("load_best_model_at_end") else "last"
+    wanted = wanted or of_final_model(run)
     if wanted == "last":
         return known[0]
     if wanted == "best":

@@ -73,6 +73,11 @@ def best_by(run: RunFolder) -> BestBy:
         raise InputError(f"{run.run_yaml} or an attempt.yaml is damaged: {type(error).__name__}: {error}") from error
 
 
+def of_final_model(run: RunFolder) -> Literal["best", "last"]:
+    """Which checkpoint the run's final model is made of."""
+    return "best" if current_tree(run)["training"].get("load_best_model_at_end") else "last"
+
+
 def list_checkpoints(store: CheckpointStore, best: BestBy | None, *, verify: bool = False) -> list[Listed]:
     """All checkpoints, newest first, then what is unfinished.
 

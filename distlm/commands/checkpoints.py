@@ -35,4 +35,9 @@ def checkpoints(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     merge = ["--merge"] if options.merge else []
-    continue_in("distlm.worker.export", f"--step={options.step}", *merge, "--", run.path, options.dir)
+    continue_in("distlm.worker.export", *step_argument(options), *merge, "--", run.path, options.dir)
+
+
+def step_argument(options: argparse.Namespace) -> list[str]:
+    """`--step` as it was given, for the process in which the command goes on."""
+    return [] if options.step is None else [f"--step={options.step}"]

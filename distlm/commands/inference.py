@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from distlm.commands.checkpoints import step_argument
 from distlm.commands.data_plane import continue_in
 from distlm.commands.find import find_run
 from distlm.table_arguments import TableArguments
@@ -23,7 +24,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def _continue_in(name: str, options: argparse.Namespace, arguments: list[str], files: list[Path]) -> NoReturn:
     run = find_run(options.runs_dir, options.run)
-    arguments += [f"--step={options.step}", *TableArguments.of(options).as_arguments()]
+    arguments += [*step_argument(options), *TableArguments.of(options).as_arguments()]
     if options.batch_size is not None:
         arguments.append(f"--batch-size={options.batch_size}")
     continue_in(f"distlm.inference.{name}", *arguments, "--", run.path, *files)

@@ -72,7 +72,7 @@ class _Rows:
 
 
 def evaluate(
-    run: RunFolder, wanted: str, paths: list[Path], batch_size: int | None, about: TableArguments
+    run: RunFolder, wanted: str | None, paths: list[Path], batch_size: int | None, about: TableArguments
 ) -> Evaluated:
     """Raises InputError for data that cannot be read, and what `load_trained_model` raises."""
     settings = RunSettings.of(run, "evaluate")

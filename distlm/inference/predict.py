@@ -276,7 +276,7 @@ def _explained(error: BaseException, log: Path) -> DistlmError:
 def parse(arguments: list[str] | None, prog: str, add: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("run_folder", type=Path)
-    parser.add_argument("--step", default="last")
+    parser.add_argument("--step")
     parser.add_argument("--batch-size", type=int)
     add(parser)
     return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distlm.checkpoint.listing import best_by
+from distlm.checkpoint.listing import best_by, of_final_model
 from distlm.checkpoint.manifest import Manifest
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
@@ -46,11 +46,12 @@ def export_run(run: RunFolder, wanted: str) -> None:
     export_checkpoint(run, checkpoint, manifest, run.model, replace=True)
 
 
-def choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Checkpoint, Manifest]:
+def choose_checkpoint(run: RunFolder, wanted: str | None) -> tuple[Checkpoint, Manifest]:
     """A checkpoint whose every byte is verified. Damaged ones that are passed over are named in the log.
 
     Args:
-        wanted: "last": the newest good one; "best": by the metric of the run's config; or a step.
+        wanted: "last": the newest good one; "best": by the metric of the run's config; or a step; None: what the
+            run's final model is made of.
 
     Raises:
         InputError: there is none that is meant.
@@ -60,6 +61,7 @@ def choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Checkpoint, Manifest
     known = {checkpoint.step: checkpoint for checkpoint in store.checkpoints()}
     if not known:
         raise InputError(f"run {run.run_id} has no checkpoint to export")
+    wanted = of_final_model(run) if wanted is None else wanted
     if wanted == "last":
         checkpoint, skipped = store.latest_good()
         if checkpoint is None:
@@ -267,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distlm export", description=__doc__.splitlines()[0])
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--step", default="last")
+    parser.add_argument("--step")
     parser.add_argument("--merge", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="distlm: warning: %(message)s", level=logging.WARNING)

@@ -27,7 +27,7 @@ from distlm.worker.model import load_model
 _ITEM_BYTES = 4  # fp32
 
 
-def load_trained_model(run: RunFolder, wanted: str) -> tuple[nn.Module, PreTrainedTokenizerFast, int]:
+def load_trained_model(run: RunFolder, wanted: str | None) -> tuple[nn.Module, PreTrainedTokenizerFast, int]:
     """The model on the CPU, in fp32 and evaluation mode, its tokenizer, and the step of the checkpoint.
 
     Args:

@@ -425,6 +425,17 @@ def test_the_checkpoint_that_is_asked_for(bert: Run, tmp_path: Path, wanted: str
     require_weights(tmp_path / "m", saved_weights(bert.folder.checkpoints / f"step-{step:08d}"))
 
 
+def test_without_a_step_it_is_as_the_model_of_the_run(own: Run, tmp_path: Path) -> None:
+    assert command(own.folder.path, tmp_path / "m").stdout.startswith("step 30 of run bert exported")
+    tree = yaml.safe_load(own.folder.run_yaml.read_text())
+    tree["training"]["load_best_model_at_end"] = True
+    own.folder.run_yaml.write_text(yaml.safe_dump(tree))
+    assert command(own.folder.path, tmp_path / "n").stdout.startswith("step 20 of run bert exported")
+    for step in (10, 20):
+        shutil.rmtree(own.folder.checkpoints / f"step-{step:08d}")
+    assert "or use --step last" in refusal(ExitCode.BAD_INPUT, own.folder.path, tmp_path / "o")
+
+
 def test_without_a_step_a_damaged_one_is_passed_over(own: Run, tmp_path: Path) -> None:
     damaged = own.folder.checkpoints / "step-00000030" / "shard-00001-of-00003.safetensors"
     flip_a_byte(damaged)
