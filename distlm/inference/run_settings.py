@@ -90,7 +90,7 @@ def labelled_source(
     columns: dict[str, str] = {}
     for path in paths:
         name, equals, file = str(path).partition("=")
-        if not (name and equals and file) or name in columns:
+        if path.exists() or not (name and equals and file) or name in columns:
             message = "name one file for each column, COLUMN=FILE (text=seq.in label=seq.out), or tables alone"
             raise InputError(Problem(message, location=str(path)))
         columns[name] = file

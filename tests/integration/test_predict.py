@@ -358,7 +358,7 @@ def test_parallel_files(
     found = json.loads(text)
     assert found["num_rows"] == 20 and found["metrics"] == expected["metrics"]
     for arguments, message in (
-        ([f"text={words}"], "no column 'label'; the column is 'text'"),
+        ([f"text={words}"], "no column 'label'; the columns are 'text'"),
         ([f"text={words}", f"text={labels}"], "name one file for each column, COLUMN=FILE"),
         ([f"text={words}", labels], "name one file for each column, COLUMN=FILE"),
         ([f"text={words}", f"label={labels}", "--delimiter=;"], "--delimiter = ;: is for tables"),
