@@ -33,9 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hf_trainer
 from common import PEPS, machine, median_and_spread, table, torchrun, write_config
-from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured
+from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured, train_and_time
 from step_time import submit
 
 DATA = PEPS.parent
@@ -244,7 +243,7 @@ def trainer_main(case: Case, result: Path) -> None:
     )
 
     collator = DataCollatorForTokenClassification if is_token_task else DataCollatorWithPadding
-    hf_trainer.train_with_trainer(
+    train_and_time(
         model,
         samples,
         collator(tokenizer),

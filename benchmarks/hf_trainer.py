@@ -30,7 +30,7 @@ class Measured:
     peak_gib: float
 
 
-def train_with_trainer(
+def train_and_time(
     model: nn.Module,
     samples: Any,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],

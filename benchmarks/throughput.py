@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hf_trainer
 from common import (
     SHAPES,
     machine,
@@ -36,7 +35,7 @@ from common import (
     torchrun,
     write_config,
 )
-from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured
+from hf_trainer import MAX_GRAD_NORM, WEIGHT_DECAY, Measured, train_and_time
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}
 LEARNING_RATE, MLM_PROBABILITY = 1e-4, 0.15
@@ -165,7 +164,7 @@ def trainer_main(run_folder: Path, result: Path) -> None:
             return {"input_ids": packed[np.array([index])][0].tolist()}
 
     tokenizer = AutoTokenizer.from_pretrained(run.init / "tokenizer")
-    hf_trainer.train_with_trainer(
+    train_and_time(
         AutoModelForMaskedLM.from_pretrained(run.init / "model", dtype=torch.float32),
         Samples(),
         DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY),

@@ -84,8 +84,9 @@ def labelled_source(
     settings: RunSettings, paths: Sequence[Path], arguments: TableArguments
 ) -> FilesSource | ParallelSource:
     """How labelled data is read: tables as `files_source` has it; parallel files where each path is COLUMN=FILE."""
-    are_parallel = any("=" in str(path) and not path.exists() for path in paths)
-    if not are_parallel and not _looks_parallel(settings.source, paths, arguments):
+    are_named = any("=" in str(path) and not path.exists() for path in paths)
+    want_names = settings.source.source == "parallel" and arguments.format is None and _without_format(paths)
+    if not are_named and not want_names:
         return files_source(settings, paths, arguments)
     columns: dict[str, str] = {}
     for path in paths:
@@ -101,12 +102,6 @@ def labelled_source(
     known = _columns_of_run(settings.source) | {"encoding": getattr(settings.source, "encoding", "utf-8")}
     known |= _given(arguments, "text_column", "text_pair_column", "label_column", "encoding")
     return _validated(ParallelSource, source="parallel", columns=columns, **known)
-
-
-def _looks_parallel(trained: Source, paths: Sequence[Path], arguments: TableArguments) -> bool:
-    """Whether files that are no tables are given to a run that was trained on such."""
-    no_table = any(format_of(path, rows=True) is None and not path.is_dir() for path in paths)
-    return trained.source == "parallel" and no_table and arguments.format is None
 
 
 def files_source(settings: RunSettings, paths: Sequence[Path], arguments: TableArguments) -> FilesSource:
@@ -159,12 +154,16 @@ def _format(paths: Sequence[Path], arguments: TableArguments, trained: Any) -> F
         if trained.source == "files" and trained.format is not None:
             form = trained.format
             return form
-        unknown = [path for path in paths if format_of(path, rows=True) is None and not path.is_dir()]
-        if unknown:
+        if unknown := _without_format(paths):
             message = f"{describe_unsupported(unknown[0], rows=True)}; or say which it is with --format"
             raise InputError(Problem(message, location=str(unknown[0])))
         return None
     return forms.pop() if len(forms) == 1 else None
+
+
+def _without_format(paths: Sequence[Path]) -> list[Path]:
+    """Files whose suffix tells none."""
+    return [path for path in paths if format_of(path, rows=True) is None and not path.is_dir()]
 
 
 @contextmanager

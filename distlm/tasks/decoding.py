@@ -10,6 +10,7 @@ T words of a text, L labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +44,15 @@ class WordDecoder:
         ids = reduced.argmax(-1)
         if self._begins[ids[0]] and self._follows[ids[:-1], ids[1:]].all():
             return ids  # and so it is the most probable one
-        highest = reduced.max(-1, keepdims=True)
-        return self._most_probable(reduced - highest - np.log(np.exp(reduced - highest).sum(-1, keepdims=True)))
+        return self._most_probable(reduced)
 
-    def _most_probable(self, log_probabilities: NDArray[np.float32]) -> NDArray[np.int64]:
-        """The Viterbi algorithm."""
+    def _most_probable(self, logits: NDArray[Any]) -> NDArray[np.int64]:
+        """The Viterbi algorithm. A word's logits differ from its log probabilities by a number that all sequences have
+        in common, so they find the same one."""
         transitions = np.where(self._follows, 0.0, _NEVER)  # [from, to]
-        best = np.where(self._begins, log_probabilities[0], _NEVER)  # of all sequences that end in each label
+        best = np.where(self._begins, logits[0], _NEVER)  # of all sequences that end in each label
         came_from = []
-        for of_word in log_probabilities[1:]:
+        for of_word in logits[1:]:
             by_way_of = best[:, None] + transitions
             came_from.append(by_way_of.argmax(0))
             best = by_way_of.max(0) + of_word

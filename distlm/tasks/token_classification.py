@@ -60,17 +60,13 @@ class TokenClassification(OnSamples):
         ]
 
     def evaluation(self, judged: list[Any], loss: float, num_targets: float, data: SampleDataset) -> scores.Evaluation:
-        labels: dict[int, list[np.ndarray]] = {}
-        predictions: dict[int, list[np.ndarray]] = {}
+        labels: dict[int, list[str]] = {}
+        words: dict[int, list[np.ndarray]] = {}  # what the decoder needs of each
         for index, reduced in sorted((pair for batch in judged for pair in batch), key=lambda pair: pair[0]):
             sample = data[np.array([index])]
             wanted = sample.labels[0][sample.labels[0] != IGNORED]
-            for row in dict.fromkeys(sample.rows[0].tolist()):
-                is_of_row = sample.rows[0] == row
-                labels.setdefault(row, []).append(wanted[is_of_row])
-                predictions.setdefault(row, []).append(reduced[is_of_row])
-        return scores.tagging(
-            [self._labels[np.concatenate(windows)].tolist() for windows in labels.values()],
-            [self._labels[self._decoder.decode(np.concatenate(windows))].tolist() for windows in predictions.values()],
-            self._scheme,
-        )
+            for row, label, word in zip(sample.rows[0].tolist(), wanted, reduced, strict=True):
+                labels.setdefault(row, []).append(self._labels[label])
+                words.setdefault(row, []).append(word)
+        predictions = [self._labels[self._decoder.decode(np.array(of_row))].tolist() for of_row in words.values()]
+        return scores.tagging(list(labels.values()), predictions, self._scheme)
