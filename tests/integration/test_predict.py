@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from distlm.tasks.tags import TagScheme
 from distlm.worker.trained_model import load_trained_model
 
 ROOT = Path(__file__).parents[2]
+
+
+NUM_PARTS = 6
 
 
 def environment() -> dict[str, str]:
@@ -247,7 +251,7 @@ def test_killed_and_gone_on(
     labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = labelled_runs["single"].run
-    data = write_csv(tmp_path / "in.csv", reviews(6 * parts.ROWS_PER_PART - 5, 5))
+    data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART - 5, 5))
     in_process(capsys, "predict", run, data, "--out", tmp_path / "whole.csv")
     output = tmp_path / "p.csv"
     command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output]
@@ -279,17 +283,33 @@ def test_a_worker_that_is_killed(
     labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = labelled_runs["single"].run
-    data = write_csv(tmp_path / "in.csv", reviews(6 * parts.ROWS_PER_PART, 6))
+    data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART, 6))
     output = tmp_path / "p.jsonl"
     command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output, "--workers", 2]
+    folder = parts.Parts.beside(output).folder
+    last_rows, kept = folder / f"rows-{NUM_PARTS - 1:06d}.jsonl", tmp_path / "kept.jsonl"
     with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 200
-        while not list(tmp_path.glob("p.jsonl.parts/part-*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+
+        def wait_for(condition: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 200
+            while not condition():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    pytest.fail(f"predict ended with {process.returncode}, or waited for too long")
+                time.sleep(0.005)
+
+        # Whoever reads a pipe that nobody writes to is at that part until it is killed, however fast the others were.
+        wait_for((folder / "about.json").exists)
+        shutil.copy(last_rows, kept)
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "pipe").replace(last_rows)
+        wait_for(lambda: len(list(folder.glob("part-*"))) == NUM_PARTS - 1)
         below = psutil.Process(process.pid).children(recursive=True)
-        next(child for child in below if "_PartWorker" in " ".join(child.cmdline())).kill()
+        for child in below:
+            if "_PartWorker" in " ".join(child.cmdline()):
+                child.kill()
         _, err = process.communicate(timeout=100)
+    kept.replace(last_rows)
     *_, line = err.splitlines()
     assert process.returncode == ExitCode.INFRASTRUCTURE and line.startswith("distlm: a worker failed: "), err
     assert all(told.startswith("distlm: ") for told in err.splitlines()), err
