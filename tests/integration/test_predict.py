@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,34 @@ def test_bad_rows_are_named(
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def held_at_last_part(
+    tmp_path: Path, run: RunFolder, data: Path, output: Path, *options: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that predicts NUM_PARTS parts and is at the last one until it is killed: that part's rows are a pipe
+    that nobody writes to. So no machine is too fast for the kill."""
+    folder = parts.Parts.beside(output).folder
+    last_rows, kept, pipe = folder / f"rows-{NUM_PARTS - 1:06d}.jsonl", tmp_path / "kept", tmp_path / "pipe"
+    command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output, *options]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+
+        def wait_for(condition: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 200
+            while not condition():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    pytest.fail(f"predict ended with {process.returncode}, or was waited for too long")
+                time.sleep(0.005)
+
+        wait_for((folder / "about.json").exists)
+        shutil.copy(last_rows, kept)
+        os.mkfifo(pipe)
+        pipe.replace(last_rows)
+        wait_for(lambda: len(list(folder.glob("part-*"))) == NUM_PARTS - 1)
+        yield process
+    kept.replace(last_rows)
+
+
 def test_killed_and_gone_on(
     labelled_runs: dict[str, LabelledRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,12 +283,7 @@ def test_killed_and_gone_on(
     data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART - 5, 5))
     in_process(capsys, "predict", run, data, "--out", tmp_path / "whole.csv")
     output = tmp_path / "p.csv"
-    command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output]
-    with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "p.csv.parts" / "part-000001.jsonl").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+    with held_at_last_part(tmp_path, run, data, output) as process:
         process.kill()
     assert not output.exists()
     first = tmp_path / "p.csv.parts" / "part-000000.jsonl"
@@ -285,31 +309,12 @@ def test_a_worker_that_is_killed(
     run = labelled_runs["single"].run
     data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART, 6))
     output = tmp_path / "p.jsonl"
-    command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output, "--workers", 2]
-    folder = parts.Parts.beside(output).folder
-    last_rows, kept = folder / f"rows-{NUM_PARTS - 1:06d}.jsonl", tmp_path / "kept.jsonl"
-    with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True) as process:
-
-        def wait_for(condition: Callable[[], object]) -> None:
-            deadline = time.monotonic() + 200
-            while not condition():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"predict ended with {process.returncode}, or waited for too long")
-                time.sleep(0.005)
-
-        # Whoever reads a pipe that nobody writes to is at that part until it is killed, however fast the others were.
-        wait_for((folder / "about.json").exists)
-        shutil.copy(last_rows, kept)
-        os.mkfifo(tmp_path / "pipe")
-        (tmp_path / "pipe").replace(last_rows)
-        wait_for(lambda: len(list(folder.glob("part-*"))) == NUM_PARTS - 1)
+    with held_at_last_part(tmp_path, run, data, output, "--workers", "2") as process:
         below = psutil.Process(process.pid).children(recursive=True)
         for child in below:
             if "_PartWorker" in " ".join(child.cmdline()):
                 child.kill()
         _, err = process.communicate(timeout=100)
-    kept.replace(last_rows)
     *_, line = err.splitlines()
     assert process.returncode == ExitCode.INFRASTRUCTURE and line.startswith("distlm: a worker failed: "), err
     assert all(told.startswith("distlm: ") for told in err.splitlines()), err
