@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from labelled_runs import LabelledRun, reviews, sentences, write_conll, write_csv, write_jsonl
+from place import wait_until
 from tiny_runs import make_base
 
 from distlm.errors import CheckpointError, ExitCode
@@ -30,8 +30,6 @@ from distlm.tasks.tags import TagScheme
 from distlm.worker.trained_model import load_trained_model
 
 ROOT = Path(__file__).parents[2]
-
-
 NUM_PARTS = 6
 
 
@@ -249,31 +247,32 @@ def test_bad_rows_are_named(
 
 
 @contextmanager
-def held_at_last_part(
+def held_at_last_parts(
     tmp_path: Path, run: RunFolder, data: Path, output: Path, *options: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A command that predicts NUM_PARTS parts and is at the last one until it is killed: that part's rows are a pipe
-    that nobody writes to. So no machine is too fast for the kill."""
+    """A command of one worker or two that predicts NUM_PARTS parts: each worker is at one of the last two until it is
+    killed, since their rows are pipes that nobody writes to. So no machine is too fast for the kill."""
     folder = parts.Parts.beside(output).folder
-    last_rows, kept, pipe = folder / f"rows-{NUM_PARTS - 1:06d}.jsonl", tmp_path / "kept", tmp_path / "pipe"
+    held = [folder / f"rows-{number:06d}.jsonl" for number in range(NUM_PARTS - 2, NUM_PARTS)]
     command = [sys.executable, "-m", "distlm.cli", "predict", run.path, data, "--out", output, *options]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
 
-        def wait_for(condition: Callable[[], object]) -> None:
-            deadline = time.monotonic() + 200
-            while not condition():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"predict ended with {process.returncode}, or was waited for too long")
-                time.sleep(0.005)
+        def is_there(pattern: str, count: int) -> bool:
+            assert process.poll() is None, process.communicate()
+            return len(list(folder.glob(pattern))) == count
 
-        wait_for((folder / "about.json").exists)
-        shutil.copy(last_rows, kept)
-        os.mkfifo(pipe)
-        pipe.replace(last_rows)
-        wait_for(lambda: len(list(folder.glob("part-*"))) == NUM_PARTS - 1)
-        yield process
-    kept.replace(last_rows)
+        try:
+            wait_until(lambda: is_there("about.json", 1), 200, "the rows of all parts")
+            for rows in held:
+                shutil.copy(rows, tmp_path)
+                os.mkfifo(tmp_path / "pipe")
+                (tmp_path / "pipe").replace(rows)
+            wait_until(lambda: is_there("part-*", NUM_PARTS - 2), 200, "the parts before the last two")
+            yield process
+        finally:
+            process.kill()
+    for rows in held:
+        (tmp_path / rows.name).replace(rows)
 
 
 def test_killed_and_gone_on(
@@ -283,7 +282,7 @@ def test_killed_and_gone_on(
     data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART - 5, 5))
     in_process(capsys, "predict", run, data, "--out", tmp_path / "whole.csv")
     output = tmp_path / "p.csv"
-    with held_at_last_part(tmp_path, run, data, output) as process:
+    with held_at_last_parts(tmp_path, run, data, output) as process:
         process.kill()
     assert not output.exists()
     first = tmp_path / "p.csv.parts" / "part-000000.jsonl"
@@ -309,11 +308,9 @@ def test_a_worker_that_is_killed(
     run = labelled_runs["single"].run
     data = write_csv(tmp_path / "in.csv", reviews(NUM_PARTS * parts.ROWS_PER_PART, 6))
     output = tmp_path / "p.jsonl"
-    with held_at_last_part(tmp_path, run, data, output, "--workers", "2") as process:
+    with held_at_last_parts(tmp_path, run, data, output, "--workers", "2") as process:
         below = psutil.Process(process.pid).children(recursive=True)
-        for child in below:
-            if "_PartWorker" in " ".join(child.cmdline()):
-                child.kill()
+        next(child for child in below if "_PartWorker" in " ".join(child.cmdline())).kill()
         _, err = process.communicate(timeout=100)
     *_, line = err.splitlines()
     assert process.returncode == ExitCode.INFRASTRUCTURE and line.startswith("distlm: a worker failed: "), err
