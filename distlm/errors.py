@@ -6,9 +6,10 @@
     |   |-- NonFiniteLossError        the loss became NaN or infinite
     |   `-- AttestationError          the workers would have trained something else than asked
     |-- InfrastructureError      3    a machine, the network or the storage failed; a new attempt may succeed
-    |   `-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
-    |       |-- UnknownFormatError        it is whole, and another version of distlm wrote it
-    |       `-- UnreadableError           the storage does not give it; it may be whole
+    |   |-- CheckpointError           a checkpoint cannot be written, or is missing, torn or altered
+    |   |   |-- UnknownFormatError        it is whole, and another version of distlm wrote it
+    |   |   `-- UnreadableError           the storage does not give it; it may be whole
+    |   `-- RayLostError              the Ray that the attempt runs on is gone
     |-- Preempted               75    stopped from outside: continue me
     `-- Cancelled              130    the user asked to stop
 
@@ -141,6 +142,10 @@ class UnknownFormatError(CheckpointError):
 
 class UnreadableError(CheckpointError):
     """The storage does not give a checkpoint, which may be whole nevertheless."""
+
+
+class RayLostError(InfrastructureError):
+    """The Ray that the attempt runs on is gone; a new attempt may go on."""
 
 
 class Preempted(DistlmError):

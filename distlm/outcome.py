@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from distlm.errors import Cause, DistlmError, ExitCode
+from distlm.errors import Cause, DistlmError, ExitCode, InfrastructureError, RayLostError
 from distlm.run_folder import AttemptFolder, write_json
 
 
@@ -21,6 +22,24 @@ class Follower:
     host: str = ""
     is_same: bool = False
     """It says the same as the first: they failed together."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A failure after which new workers went on."""
+
+    incarnation: int
+    """That has failed."""
+    cause: Cause | None
+    rank: int | None
+    host: str
+    message: str
+    step: int | None
+    """That it failed in."""
+    from_step: int
+    """After which the next one went on."""
+    failed_at: str
+    """UTC in ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +61,25 @@ class Outcome:
     advice: str = ""
     """Key to change, or what else to do about it, in one line; empty where the message says it."""
     followers: Sequence[Follower] = ()
+    step: int | None = None
+    """The step that the workers were in; None: not known, or in none."""
+    may_be_tried_again: bool = True
+    """False: it was refused or stopped on purpose, and would be again."""
+    needs_new_attempt: bool = False
+    """What the attempt ran on is lost: only another one can go on."""
+    retries: Sequence[Retry] = ()
+    """The failures before this end, oldest first."""
 
     @classmethod
     def of(cls, error: DistlmError, details: str = "") -> Self:
-        return cls(error.exit_code, str(error), details=details, cause=error.cause)
+        return cls(
+            error.exit_code,
+            str(error),
+            details=details,
+            cause=error.cause,
+            may_be_tried_again=isinstance(error, InfrastructureError),
+            needs_new_attempt=isinstance(error, RayLostError),
+        )
 
     @property
     def state(self) -> str:
@@ -75,10 +109,13 @@ def result_of(
         "place": outcome.place,
         "advice": outcome.advice,
         "followers": [asdict(follower) for follower in outcome.followers],
+        "step": outcome.step,
+        "needs_new_attempt": outcome.needs_new_attempt,
+        "retries": [asdict(retry) for retry in outcome.retries],
         "details": outcome.details,
         "log": str(folder.worker_log(outcome.rank) if outcome.rank is not None else folder.controller_log),
-        "started_at": _iso(started) if started is not None else None,
-        "ended_at": _iso(datetime.now(UTC).timestamp()),
+        "started_at": iso_time(started) if started is not None else None,
+        "ended_at": iso_time(time.time()),
     }
 
 
@@ -89,5 +126,5 @@ def write_result(
     write_json(folder.result_json, result_of(folder, outcome, started, problems))
 
 
-def _iso(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -81,6 +81,10 @@ class CheckpointStore:
                     found[int(match[2])] = path
         return sorted((Checkpoint(step, path) for step, path in found.items()), reverse=True)
 
+    def newest_step(self) -> int:
+        """Of the committed ones; 0: there is none."""
+        return max((checkpoint.step for checkpoint in self.checkpoints()), default=0)
+
     def unfinished(self) -> list[Path]:
         """What is being written or deleted, or what a killed process left so. Raises CheckpointError."""
         return sorted(path for path in self._entries() if re.match(r"\.step-[0-9]+.*\.(tmp|deleted)-", path.name))

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.commands.find import find_run
 from distlm.config.attempt import begin_attempt, changed_config, create_run, load_attempt
 from distlm.config.load import load_config
@@ -24,10 +27,11 @@ from distlm.errors import Cause, ExitCode, InputError
 from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
+from distlm.retry_policy import RetryPolicy
 from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json
 from distlm.run_reference import pin_references
 from distlm.run_status import run_status
-from distlm.stop_count import signals_held
+from distlm.stop_count import STOP_SIGNALS, signals_held
 from distlm.view import Event, View, make_event
 from distlm.view.choose import check_view, make_view
 from distlm.view.ending import command, ending
@@ -119,16 +123,46 @@ def _begin(
 
 
 def _wait(run: RunFolder, attempt: AttemptFolder, view: View, as_json: bool = False) -> int:
-    """The exit code of an attempt, when it has ended and the user knows how."""
-    launcher, config = LocalLauncher(), load_attempt(run, attempt).config
+    """The exit code of an attempt, or of the one that took its place, when it has ended and the user knows how."""
+    config = load_attempt(run, attempt).config
     try:
-        result = launcher.submit(launcher.build(config, run), attempt, view)
+        result = _supervise(run, attempt, config, view)
+        view.show(make_event("result", **result))
     finally:
         view.close()
     is_good = result["exit_code"] == ExitCode.SUCCEEDED
     for line in ending(run, result, _where_curves_are(config, run)) if not as_json else ():
         say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
     return int(result["exit_code"])
+
+
+def _supervise(run: RunFolder, attempt: AttemptFolder, config: RunConfig, view: View) -> dict[str, Any]:
+    """Wait for an attempt. If it has lost what it ran on, its controller or Ray, begin another one, as the policy
+    decides. Returns the result of the last one."""
+    launcher, policy, store = LocalLauncher(), RetryPolicy(config.recovery), CheckpointStore(run.checkpoints)
+    while True:
+        step_before = store.newest_step()
+        result = launcher.submit(launcher.build(config, run), attempt, view)
+        if not result["needs_new_attempt"]:
+            return result
+        outcome = Outcome(ExitCode(result["exit_code"]), result["message"], cause=Cause(result["cause"]))
+        decision = policy.decide(outcome, has_progressed=store.newest_step() > step_before)
+        if not decision.try_again:
+            return result
+        pause = f" after {decision.pause_s:g} s" if decision.pause_s else ""
+        message = f"{outcome.cause}: {outcome.message}; a new attempt begins{pause} ({decision.reason})"
+        view.show(make_event("warning", message=message))
+        if not _pause(decision.pause_s):
+            return result
+        loaded, changes = changed_config(run, [], launcher.check)
+        attempt = begin_attempt(loaded, run, [], changes=changes)
+        view.show(begin_event(config, run, attempt))
+
+
+def _pause(seconds: float) -> bool:
+    """Whether nobody has asked to stop meanwhile."""
+    with signals_held():
+        return signal.sigtimedwait(STOP_SIGNALS, seconds) is None
 
 
 def _where_curves_are(config: RunConfig, run: RunFolder) -> str:

@@ -18,6 +18,7 @@ from distlm.errors import Problem
 MAY_CHANGE_ON_RESUME = (
     "resources.",
     "deepspeed.",
+    "recovery.",
     "tracking.",
     "profile.",
     "env",
@@ -39,7 +40,17 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys (or beginnings of keys) that another attempt of the same run may set anew; all others make another run."""
 
-NOT_SEMANTICS = ("name", "resources.", "deepspeed.", "tracking.", "profile.", "runs_dir", "env", "data.num_proc")
+NOT_SEMANTICS = (
+    "name",
+    "resources.",
+    "deepspeed.",
+    "recovery.",
+    "tracking.",
+    "profile.",
+    "runs_dir",
+    "env",
+    "data.num_proc",
+)
 """Keys that say where and how a run is computed and what it is called, not what is trained."""
 
 MIN_BPE_VOCABULARY = 256 + 5

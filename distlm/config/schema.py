@@ -9,7 +9,16 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
 from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
@@ -405,6 +414,48 @@ class ResourcesConfig(Section):
     """CPU cores (and threads) per worker; null: an equal share of the machine's cores."""
 
 
+class MaxRetries(Section):
+    """How many failures of a cause may follow each other without a new checkpoint in between. Each checkpoint that is
+    committed gives all tries back, so that a long run is not ended by the sum of its mishaps."""
+
+    node_lost: NonNegativeInt = 10
+    """A worker's process or its host is gone: killed, crashed, or the node went down."""
+    hang: NonNegativeInt = 3
+    """A worker did not go on until a time limit."""
+    infrastructure: NonNegativeInt = 5
+    """Ray, the network, or the controller failed. Where these are lost themselves, `distlm submit` begins a new
+    attempt."""
+    out_of_memory: NonNegativeInt = 2
+    """Memory ran out. Twice in the same step ends the run."""
+    code: NonNegativeInt = 2
+    """An exception that nothing else explains. Twice in the same step ends the run."""
+    storage: NonNegativeInt = 0
+    """A full or broken disk."""
+
+
+def _for_all_causes(value: Any) -> Any:
+    """A number is meant for every cause."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return dict.fromkeys(MaxRetries.model_fields, value) if is_number else value
+
+
+class RecoveryConfig(Section):
+    """What is done when something fails while a run trains: all workers are started anew from the newest checkpoint,
+    as long as there are tries. Bad input, a loss that is not a number and what attestation refuses are never tried
+    again."""
+
+    max_retries: Annotated[MaxRetries, BeforeValidator(_for_all_causes)] = MaxRetries()
+    """Tries by cause; a number stands for all causes: 0 ends a run at its first failure. The first try follows at once,
+    further ones after pauses of 1, 2, 4, ... seconds."""
+    longest_pause_s: PositiveFloat = 60.0
+    """Seconds between two tries at most."""
+    step_timeout_s: PositiveFloat | None = None
+    """Seconds without progress (a forward and backward pass, a batch of an evaluation, a save) after which workers
+    count as hung; null: ten times as long as the longest one took so far, and 30 at least."""
+    start_timeout_s: PositiveFloat = 600.0
+    """The same while nothing is measured yet: starting, loading, compiling, the first evaluation and the first save."""
+
+
 class TrackingConfig(Section):
     """Where metrics and the model are recorded besides the run's own folder."""
 
@@ -456,6 +507,8 @@ class RunConfig(Section):
     """Sharding."""
     resources: ResourcesConfig = ResourcesConfig()
     """Machines."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Failures."""
     tracking: TrackingConfig = TrackingConfig()
     """Records."""
     profile: ProfileConfig = ProfileConfig()

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,17 @@ from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
-from distlm.controller.cluster import Cluster, connect
+from distlm.controller.cluster import Cluster, connect, on_this_node
 from distlm.controller.environment import versions
 from distlm.controller.first_failure import advice
+from distlm.controller.hang import WorkerProcess, end_hung_workers
 from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
-from distlm.controller.policy import Policy, StopAtFirstFailure
 from distlm.controller.progress import Progress
 from distlm.controller.provenance import Provenance
 from distlm.controller.recorder import Recorder, RecorderMailbox
 from distlm.controller.stop import StopRequest
-from distlm.controller.trainer import Incarnation
+from distlm.controller.trainer import Incarnation, remove_placement_groups
+from distlm.controller.watchdog import Watchdog
 from distlm.data.notes import PreparationProgress, notes
 from distlm.errors import (
     CheckpointError,
@@ -40,10 +41,11 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
-from distlm.outcome import Outcome, tracker_status
+from distlm.outcome import Outcome, Retry, iso_time, tracker_status
+from distlm.retry_policy import NO_RETRIES, Decision, RetryPolicy
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
-from distlm.tracking.records import Record
+from distlm.tracking.records import Record, now_ms
 from distlm.tracking.startup import phase_ended
 from distlm.worker.entry import WorkerArguments
 from distlm.worker.prepare import Prepared
@@ -56,6 +58,8 @@ _REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S, _TRACKER_TIMEOUT_S_WHEN_STOPPED = 60.0, 5.0
 _PROVENANCE_TIMEOUT_S = 10.0
+_NOT_RECORDED = ("pulse", "placed", "saving")
+"""Kinds of messages that are for the controller alone."""
 
 
 class AttemptController:
@@ -65,8 +69,13 @@ class AttemptController:
         self.run, self.folder, self.progress, self.stop = run, folder, progress, stop
         loaded = load_attempt(run, folder)
         self.config: RunConfig = loaded.config
-        self.policy: Policy = StopAtFirstFailure()
+        # A rehearsed failure is to end the attempt.
+        is_rehearsal = Attempt.read(folder).kill_in_step is not None
+        self.policy = RetryPolicy(NO_RETRIES if is_rehearsal else self.config.recovery)
         self.failures: list[dict[str, Any]] = []
+        self._retries: list[Retry] = []
+        self._workers: dict[int, dict[str, Any]] = {}
+        """By rank, where the workers of the incarnation are."""
         self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
         """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
@@ -237,14 +246,49 @@ class AttemptController:
     def _train(
         self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None
     ) -> Outcome:
-        """Incarnation after incarnation, as the policy decides."""
+        """Incarnation after incarnation, until one succeeds or the policy says enough."""
         incarnation = 1
+        progress_at_failure = checkpoint.step if checkpoint else 0
         while True:
             outcome = self._train_once(recorder, cluster, prepared, checkpoint, incarnation)
-            if not self.policy.decide(outcome, incarnation).train_again:
-                return outcome
+            newest = CheckpointStore(self.run.checkpoints).newest_step()
+            decision = self.policy.decide(outcome, has_progressed=newest > progress_at_failure)
+            if not decision.try_again:
+                message = f"{outcome.message} ({decision.reason})" if decision.reason else outcome.message
+                return replace(outcome, message=message, retries=self._retries)
+            self._note_failure(recorder, outcome, incarnation, decision)
+            self._pause(decision.pause_s)
             checkpoint = self._checkpoint_to_continue()
+            progress_at_failure = newest
             incarnation += 1
+
+    def _note_failure(self, recorder: Recorder, outcome: Outcome, incarnation: int, decision: Decision) -> None:
+        """Say, and write down, what has failed and that it is tried again."""
+        self._phases = [phase_ended("begin", incarnation + 1)]
+        retry = Retry(
+            incarnation=incarnation,
+            cause=outcome.cause,
+            rank=outcome.rank,
+            host=outcome.host,
+            message=outcome.message,
+            step=outcome.step,
+            from_step=CheckpointStore(self.run.checkpoints).newest_step(),
+            failed_at=iso_time(time.time()),
+        )
+        self._retries.append(retry)
+        recorder.record([{"kind": "event", "event": "retry", "timestamp_ms": now_ms(), **asdict(retry)}])
+        where = f" on rank {retry.rank}{f' ({retry.host})' if retry.host else ''}" if retry.rank is not None else ""
+        pause = f" after {decision.pause_s:g} s" if decision.pause_s else ""
+        self.progress.say(
+            f"warning: {retry.cause}{where}: {retry.message}; going on from step {retry.from_step}{pause} "
+            f"({decision.reason})"
+        )
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._stop_if_asked()
+            time.sleep(min(left_s, _POLL_INTERVAL_S))
 
     def _train_once(
         self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None, number: int
@@ -261,7 +305,7 @@ class AttemptController:
         recorder.record(self._phases)
         self.progress.phase("workers", f"starting {self.config.resources.num_workers} workers on {cluster.device}")
         self.progress.training(step, prepared.total_steps, cluster.device)
-        mailbox = ray.remote(num_cpus=0, max_restarts=0)(RecorderMailbox).remote()
+        mailbox = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=on_this_node())(RecorderMailbox).remote()
         arguments = WorkerArguments(
             run_path=str(self.run.path),
             attempt_path=str(self.folder.path),
@@ -273,23 +317,40 @@ class AttemptController:
             mailbox=mailbox,
         )
         self._stop_if_asked()
-        incarnation = Incarnation(self.config, cluster, self.folder, arguments)
+        self._workers, self._watchdog = {}, Watchdog(self.config.recovery)
         self._is_training = self._has_passed_on_stop = False
+        incarnation = Incarnation(self.config, cluster, self.folder, arguments)
+        ended: Outcome | None = None
         while incarnation.is_alive():
             self._pass_on_stop(mailbox)
             self._check_tracker(recorder)
             self._provenance.record(recorder)
+            cluster.require_alive()
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
+            ended = ended or self._end_if_hung()
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
         self._record(recorder, mailbox)
         while self._asked_for and time.monotonic() < deadline:
             self._record(recorder, mailbox)
         self._asked_for, self._phases = None, []
-        outcome = incarnation.outcome(self.failures)
+        ray.kill(mailbox)  # whatever may be left of the workers commits nothing any more
+        outcome = ended or incarnation.outcome(self.failures)
         if outcome.exit_code == ExitCode.SUCCEEDED and self._stopped_after_step is not None:
             return Outcome.of(self.stop.error(f"stopped after step {self._stopped_after_step}, which is saved"))
-        return replace(outcome, advice=advice(outcome.cause, self.config))
+        if outcome.exit_code != ExitCode.SUCCEEDED:
+            remove_placement_groups({worker["placement_group_id"] for worker in self._workers.values()})
+        step_of_failure = outcome.step if outcome.step is not None else self._watchdog.step
+        return replace(outcome, advice=advice(outcome.cause, self.config), step=step_of_failure)
+
+    def _end_if_hung(self) -> Outcome | None:
+        """Kill the workers if they do not go on; who of them does not, and where it is."""
+        if not (complaint := self._watchdog.complaint()) or not self._workers:
+            return None
+        self.progress.say(f"warning: {complaint}; looking for the worker that hangs")
+        names = ("rank", "pid", "host", "node_id")
+        workers = [WorkerProcess(**{name: worker[name] for name in names}) for worker in self._workers.values()]
+        return end_hung_workers(sorted(workers, key=lambda worker: worker.rank), self.folder, complaint)
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
         """Move what the workers reported to the files and the screen."""
@@ -304,10 +365,18 @@ class AttemptController:
         except ray.exceptions.RayActorError:
             messages = []
         self._asked_for = None
-        recorder.record(messages)
+        saved_steps = [message["step"] for message in messages if message["kind"] == "saving"]
+        is_recorded = recorder.record(
+            [message for message in messages if message["kind"] not in _NOT_RECORDED], durably=bool(saved_steps)
+        )
+        if saved_steps and is_recorded:
+            mailbox.confirm.remote(max(saved_steps))
         for message in messages:
+            self._watchdog.heard(message)
             if message["kind"] == "failure":
                 self.failures.append(message)
+            elif message["kind"] == "placed":
+                self._workers[message["rank"]] = message
             elif message["kind"] == "metrics":
                 self.progress.metrics(message["step"], message["values"])
             elif message.get("event") == "warning":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import psutil
 
 from distlm.config.schema import ResourcesConfig
 from distlm.devices import visible_gpu_count
-from distlm.errors import InfrastructureError
+from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
@@ -44,6 +44,14 @@ class Cluster:
     cpus_per_worker: int
     logs: Path | None = None
     """Ray's own logs, where they vanish with the cluster; None: they stay on the cluster."""
+    processes: Sequence[psutil.Process] = ()
+    """Those of Ray that it cannot do without, where they were started here."""
+
+    def require_alive(self) -> None:
+        """Raises RayLostError where a process has ended that Ray cannot do without."""
+        for process in self.processes:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise RayLostError(f"Ray's {process.name()} has ended (killed or crashed)")
 
 
 @contextmanager
@@ -130,9 +138,15 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
         _stop_ray(others)
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
-        yield Cluster(device, cpus_per_worker, temporary_root / "ray" / "session_latest" / "logs")
+        logs = temporary_root / "ray" / "session_latest" / "logs"
+        yield Cluster(device, cpus_per_worker, logs, _vital_processes(others))
     finally:
         _stop_ray(others)
+
+
+def _vital_processes(others: list[psutil.Process]) -> list[psutil.Process]:
+    children = [child for child in psutil.Process().children(recursive=True) if child not in others]
+    return [child for child in children if child.name() in ("gcs_server", "raylet")]
 
 
 def _stop_ray(others: list[psutil.Process]) -> None:
@@ -150,6 +164,14 @@ def _count_gpus_with_torch() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def on_this_node() -> Any:
+    """Where an actor is to be that must not go with another node."""
+    import ray
+
+    node_id = ray.get_runtime_context().get_node_id()
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 def node_addresses() -> list[dict[str, Any]]:

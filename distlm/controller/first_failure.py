@@ -84,6 +84,8 @@ def _told(first: Failure) -> Outcome:
         first["details"],
         cause,
         place="" if first["expected"] else first["place"],
+        step=first["step"],
+        may_be_tried_again=not first["expected"] or first["exit_code"] == ExitCode.INFRASTRUCTURE,
     )
 
 

@@ -43,6 +43,14 @@ class RecorderMailbox:
         self._messages: list[dict[str, Any]] = []
         self._num_dropped = 0
         self._is_stop_wanted = False
+        self._recorded_step = -1
+
+    def confirm(self, step: int) -> None:
+        """The controller has written down all that came before the message that this step is being saved."""
+        self._recorded_step = max(self._recorded_step, step)
+
+    def is_recorded(self, step: int) -> bool:
+        return self._recorded_step >= step
 
     def want_stop(self) -> None:
         """The other way round: the controller wants the workers to finish their step, save and return."""
@@ -102,15 +110,16 @@ class Recorder:
         if not self._closed:
             self.close("FINISHED" if error is None else "FAILED")
 
-    def record(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Append what `RecorderMailbox.drain` returned, one line each, after what waits."""
+    def record(self, messages: Sequence[Mapping[str, Any]], *, durably: bool = False) -> bool:
+        """Append messages, one line each, after what waits; whether the file has everything, and `durably` if asked."""
         self._waiting += b"".join(encode_line(message) for message in messages)
         is_new = bool(self._waiting)
-        self._append(fsync=time.monotonic() - self._last_fsync_s >= _FSYNC_INTERVAL_S)
+        self._append(fsync=durably or time.monotonic() - self._last_fsync_s >= _FSYNC_INTERVAL_S)
         if is_new and self._delivery:
             self._delivery.wake()
         if len(self._waiting) > _MAX_WAITING_BYTES:
             raise self._error()
+        return not self.storage_problem
 
     def restored(self, step: int, incarnation: int) -> None:
         """Note that `incarnation` begins after `step`; what earlier ones recorded for later steps is superseded."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Set
+from contextlib import suppress
 from typing import Any
 
 from distlm.config.schema import RunConfig
@@ -65,6 +67,17 @@ class Incarnation:
             return Outcome(ExitCode.SUCCEEDED)
         failures = [failure for failure in failures if failure["incarnation"] == self._number]
         return first_failure(failures, self._error, self._num_workers, self._oom_kills.happened_lately())
+
+
+def remove_placement_groups(ids: Set[str]) -> None:
+    """Give back what a worker group held, where Ray Train's own controller has died and cannot do it: Ray Train leaves
+    that to an actor that asks Ray's dashboard, which may not be there."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for group in filter(None, ids):
+        with suppress(ray.exceptions.RayError):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _backend_config(device: str) -> Any:

@@ -33,7 +33,7 @@ from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
 from distlm.run_reference import check_references
 from distlm.stop_count import STOP_SIGNALS, StopCount
-from distlm.view import Event, View, decode_event, make_event
+from distlm.view import Event, View, decode_event
 
 _WORKER_GIB = 0.5
 _SYNC_TIMEOUT_S = 20.0
@@ -102,7 +102,6 @@ class LocalLauncher:
                 with suppress(OSError):  # the storage may be what failed
                     end_abandoned(attempt, outcome)
                     _tell_mlflow(attempt)
-        view.show(make_event("result", **result))
         return result
 
 
@@ -185,9 +184,9 @@ def _how_it_ended(code: int, num_requests: int, kernel_killed: bool) -> Outcome:
         return Outcome(ExitCode.CANCELLED, "the controller was killed on request", cause=Cause.CANCELLATION)
     if code < 0 and kernel_killed:
         text = "the controller was killed by the kernel because memory ran out"
-        return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.OUT_OF_MEMORY)
+        return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.OUT_OF_MEMORY, needs_new_attempt=True)
     text = f"the controller ended without a result ({how})"
-    return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE)
+    return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE, needs_new_attempt=True)
 
 
 def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:

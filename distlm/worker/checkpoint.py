@@ -118,15 +118,17 @@ class CheckpointSaver:
         reads_back: bool = False,
         method_state: Callable[[], dict[str, Tensor]] | None = None,
         retention: Retention | None = None,
+        before_commit: Callable[[int], None] = lambda step: None,
         on_committed: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
         """With `reads_back` each checkpoint is compared with the model before it is committed, which takes a copy of
-        the trainable weights on rank 0. `method_state` gives what the training method keeps. `on_committed` is called
-        on rank 0, in the thread. Raises CheckpointError if the store cannot be written."""
+        the trainable weights on rank 0. `method_state` gives what the training method keeps. `before_commit` and
+        `on_committed` are called on rank 0, in the thread; what the former raises fails the save. Raises
+        CheckpointError if the store cannot be written."""
         self._engine, self._store, self._seed = engine, store, seed
         self._reads_back, self._method_state = reads_back, method_state
         self._retention = retention or Retention()
-        self._on_committed = on_committed
+        self._before_commit, self._on_committed = before_commit, on_committed
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
         self._parameters = [Parameter(name=n, shape=shape) for n, shape in zero_state.trainable_shapes(engine).items()]
@@ -288,6 +290,7 @@ class CheckpointSaver:
         manifest = job.manifest(shards=shards, method_state=method_state)
         if job.live is not None:
             require_equal(Checkpoint(job.step, temporary), manifest, job.live)
+        self._before_commit(job.step)
         checkpoint = self._store.commit(temporary, manifest)
         total_s = time.monotonic() - job.started
         warning = self._prune()

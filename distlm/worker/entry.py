@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
+import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from distlm.devices import prepare_process_for_torch
+from distlm.errors import InfrastructureError
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
+from distlm.worker.pulse import Pulse
 
 _DELIVERY_TIMEOUT_S = 10.0
+_CONFIRMATION_TIMEOUT_S = 60.0
+_CONFIRMATION_INTERVAL_S = 0.1
+STACK_SIGNAL = signal.SIGUSR1
+"""On which a worker writes the stacks of its threads to its log, even while it holds the interpreter's lock."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,19 @@ def run_worker(arguments: dict[str, Any]) -> None:
     place = ray.train.get_context()
     rank = place.get_world_rank()
 
+    def push(message: dict[str, Any]) -> None:
+        told.mailbox.push.remote(message)
+
     def tell_phase_ended(phase: Phase, step: int) -> None:
         if rank == 0:
-            told.mailbox.push.remote(phase_ended(phase, told.incarnation, step=step))
+            push(phase_ended(phase, told.incarnation, step=step))
 
+    pulse = Pulse(told.incarnation, push if rank == 0 else lambda message: None)
     try:
-        redirect_output(AttemptFolder(Path(told.attempt_path)).worker_log(rank))
+        attempt = AttemptFolder(Path(told.attempt_path))
+        redirect_output(attempt.worker_log(rank))
+        push(_placed(rank, told.incarnation))
+        faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
         tell_phase_ended("place", told.checkpoint_step)
         os.environ.update(
             RANK=str(rank),
@@ -61,10 +78,10 @@ def run_worker(arguments: dict[str, Any]) -> None:
             LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
         )
         prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
-        _train(told, rank, tell_phase_ended, place.get_node_rank() if place.get_local_rank() == 0 else None)
+        _train(told, rank, tell_phase_ended, pulse, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:
         traceback.print_exc()
-        failure = failure_message(error, rank, told.incarnation)
+        failure = failure_message(error, rank, told.incarnation, pulse.step)
         ray.wait([told.mailbox.push.remote(failure)], timeout=_DELIVERY_TIMEOUT_S)
         raise
     finally:
@@ -72,8 +89,50 @@ def run_worker(arguments: dict[str, Any]) -> None:
         sys.stderr.flush()
 
 
+def _placed(rank: int, incarnation: int) -> dict[str, Any]:
+    """Where this worker is, and what it takes to end it from outside."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    return {
+        "kind": "placed",
+        "incarnation": incarnation,
+        "rank": rank,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "node_id": ray.get_runtime_context().get_node_id(),
+        "placement_group_id": group.id.hex() if group else "",
+    }
+
+
+def _wait_until_recorded(mailbox: Any, step: int) -> None:
+    """Wait for the controller to have written down all that this worker has told of the steps up to this one.
+
+    A checkpoint is committed after that only, so that a run which continues from it has every point before it, and so
+    that workers whose controller is gone commit nothing beside those of the next one.
+
+    Raises:
+        InfrastructureError: the controller does not answer.
+    """
+    import ray
+
+    deadline = time.monotonic() + _CONFIRMATION_TIMEOUT_S
+    try:
+        mailbox.push.remote({"kind": "saving", "step": step})
+        while not ray.get(mailbox.is_recorded.remote(step), timeout=_CONFIRMATION_TIMEOUT_S):
+            if time.monotonic() > deadline:
+                raise InfrastructureError(f"the controller has not confirmed step {step}; it is not committed")
+            time.sleep(_CONFIRMATION_INTERVAL_S)
+    except ray.exceptions.RayError as error:
+        raise InfrastructureError(f"the controller is gone; step {step} is not committed") from error
+
+
 def _train(
-    told: WorkerArguments, rank: int, tell_phase_ended: Callable[[Phase, int], None], monitored_node: int | None
+    told: WorkerArguments,
+    rank: int,
+    tell_phase_ended: Callable[[Phase, int], None],
+    pulse: Pulse,
+    monitored_node: int | None,
 ) -> None:
     import torch
 
@@ -111,6 +170,8 @@ def _train(
         phase_ended=tell_phase_ended,
         on_samples=make_sample_log(run, attempt, config, rank),
         profile_folder=attempt.profile,
+        beat=pulse.beat,
+        before_commit=lambda step: _wait_until_recorded(told.mailbox, step),
         is_stop_wanted=stop_flag.is_set if stop_flag else lambda: False,
         stopped=lambda step: push({"kind": "event", "event": "stopped", "step": step}),
         ended_early=lambda step: push({"kind": "event", "event": "ended_early", "step": step}),

@@ -12,8 +12,8 @@ from distlm.causes import cause_of, exit_code_of_cause
 from distlm.errors import DistlmError
 
 
-def failure_message(error: Exception, rank: int, incarnation: int) -> dict[str, Any]:
-    """The message of kind failure for the recorder."""
+def failure_message(error: Exception, rank: int, incarnation: int, step: int | None = None) -> dict[str, Any]:
+    """The message of kind failure for the recorder. `step`: that the worker was in; None: in none."""
     cause = cause_of(error)
     failed_ranks = getattr(error, "failed_ranks", ())  # all ranks raise it together
     return {
@@ -21,6 +21,7 @@ def failure_message(error: Exception, rank: int, incarnation: int) -> dict[str, 
         "rank": rank,
         "host": socket.gethostname(),
         "incarnation": incarnation,
+        "step": step,
         "timestamp_ms": time.time_ns() // 1_000_000,
         "type": type(error).__name__,
         "message": str(error),

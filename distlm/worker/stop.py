@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from distlm.errors import InfrastructureError
+
 _POLL_INTERVAL_S = 1.0
 
 
@@ -17,10 +19,14 @@ class StopFlag:
         """`mailbox` is the handle of the recorder's actor."""
         self._mailbox = mailbox
         self._wanted = threading.Event()
+        self._lost: Exception | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._poll, name="stop-flag", daemon=True).start()
 
     def is_set(self) -> bool:
+        """Raises InfrastructureError where nobody is there any more to ask, or to record what is trained."""
+        if self._lost is not None:
+            raise InfrastructureError("the recorder's mailbox is gone") from self._lost
         return self._wanted.is_set()
 
     def close(self) -> None:
@@ -36,7 +42,8 @@ class StopFlag:
                     return
             except ray.exceptions.ActorUnavailableError:  # for the moment
                 continue
-            except ray.exceptions.RayError:  # the controller has gone; Ray ends the workers
+            except ray.exceptions.RayError as error:
+                self._lost = error
                 return
 
 

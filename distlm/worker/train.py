@@ -53,6 +53,7 @@ from distlm.worker.patience import Patience
 from distlm.worker.prefetch import Prefetcher
 from distlm.worker.prepare import Prepared, sample_order
 from distlm.worker.profile import StepMap, StepProfiler, describe
+from distlm.worker.pulse import Activity
 from distlm.worker.schedule import learning_rate_schedule
 from distlm.worker.stop import Votes
 
@@ -81,6 +82,10 @@ class WorkerContext:
     """phase_ended(phase, step) tells how far a start has come; `step` is the last one done. On every rank."""
     on_samples: Callable[[list[MicroBatch]], None] | None = None
     """Is told on every rank what it trains on in a step, before it does."""
+    beat: Callable[[Activity, int], None] = lambda activity, step: None
+    """beat(activity, step) is a sign of life. On every rank."""
+    before_commit: Callable[[int], None] = lambda step: None
+    """Is called on rank 0 before a checkpoint of this step is committed. What it raises fails the save."""
     is_stop_wanted: Callable[[], bool] = lambda: False
     """Whether this worker wants the training to stop before its end. All stop after the same step if one wants it."""
     stopped: Callable[[int], None] = lambda step: None
@@ -221,6 +226,7 @@ class Worker:
                 metric=f"eval/{config.training.metric_for_best_model}",
                 greater_is_better=self._is_greater_better(),
             ),
+            before_commit=context.before_commit,
             on_committed=self._report_saved,
         )
         self._evaluation: dict[str, float] = {}
@@ -269,6 +275,7 @@ class Worker:
             told = zip(numbers, batches, strict=True)
             self.context.on_samples([self._micro_batch(step, m, batch) for m, batch in told])
         for m, batch in zip(numbers, batches, strict=True):
+            self.context.beat("training", step)
             torch.manual_seed(dropout_seed(self.config.seed, step, m))
             with self.profiler.phase("forward"):
                 loss_sum, _ = self.task.loss(self.engine, batch, self.device)
@@ -301,6 +308,7 @@ class Worker:
         judged = []
         with torch.no_grad():
             for chosen, batch in self.evaluation_batches():
+                self.context.beat("evaluating", step)
                 loss_sum, predicted = self.task.loss(self.engine, batch, self.device)
                 sums += torch.tensor([float(loss_sum), self.task.count_targets(batch)])
                 if chosen.is_counted:
@@ -334,6 +342,7 @@ class Worker:
 
     def save(self, step: int) -> None:
         """Begin to save a checkpoint. Collective. Never saves a broken state."""
+        self.context.beat("saving", step)
         self._require_finite(float(self._sum_over_workers(self._loss_sum.clone())), step)
         stopped_at = time.monotonic()
         self.finish_save(step)
@@ -354,6 +363,7 @@ class Worker:
         Raises:
             CheckpointError: the save failed, and so does the run; at the end it does in any case.
         """
+        self.context.beat("saving", step)
         try:
             self.saver.wait()
         except CheckpointError as error:
