@@ -76,6 +76,10 @@ class Progress(_Part):
     """The best value so far of the metric for the best model; None: nothing was evaluated."""
     num_evaluations_without_improvement: Count = 0
     """One after the other, for early stopping."""
+    unlogged_loss_sum: float = 0.0
+    """Of the steps since the last point of the training loss, over all workers."""
+    unlogged_num_targets: float = 0.0
+    """What it is the sum over."""
 
 
 class Optimizer(_Part):

@@ -44,7 +44,7 @@ from distlm.checkpoint.manifest import (
 from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import file_sha256, one_line
-from distlm.errors import CheckpointError, TrainingError
+from distlm.errors import CheckpointError, DistlmError, InfrastructureError, TrainingError
 from distlm.worker import zero_state
 from distlm.worker.read_back import live_weights, require_equal
 from distlm.worker.zero_state import HeldFragment
@@ -193,7 +193,7 @@ class CheckpointSaver:
         """Return when no save is under way.
 
         Raises:
-            CheckpointError, TrainingError: the last one failed; on every rank.
+            CheckpointError, InfrastructureError, TrainingError: the last one failed; on every rank.
             RuntimeError: another rank has gone meanwhile, in the words of the process group.
         """
         if self._thread is not None:
@@ -350,13 +350,15 @@ class _Failure(NamedTuple):
     """Why a rank failed, told to the others."""
 
     text: str
-    is_of_storage: bool
+    kind: type[DistlmError]
+    """CheckpointError, InfrastructureError, or TrainingError for what neither is to blame for."""
 
 
 def _raise_together(failures: Mapping[int, _Failure]) -> None:
     """Raise an error if any rank has failed; called with the same failures on every rank."""
     if failures:
-        kind = CheckpointError if all(failure.is_of_storage for failure in failures.values()) else TrainingError
+        kinds = {failure.kind for failure in failures.values()}
+        kind = kinds.pop() if len(kinds) == 1 else TrainingError if TrainingError in kinds else InfrastructureError
         raise kind("; ".join(f"rank {rank}: {failure.text}" for rank, failure in failures.items()), tuple(failures))
 
 
@@ -364,11 +366,12 @@ def _outcome(action: Callable[[], T]) -> tuple[T | None, _Failure | None]:
     """(result, None) or (None, failure), so that it can be told to other ranks before anybody gives up."""
     try:
         return action(), None
-    except CheckpointError as error:
-        return None, _Failure(str(error), is_of_storage=True)
+    except InfrastructureError as error:
+        kind = CheckpointError if isinstance(error, CheckpointError) else InfrastructureError
+        return None, _Failure(str(error), kind)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         traceback.print_exc()
-        return None, _Failure(f"{type(error).__name__}: {one_line(error)}", is_of_storage=False)
+        return None, _Failure(f"{type(error).__name__}: {one_line(error)}", TrainingError)
 
 
 def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:

@@ -202,6 +202,7 @@ class Worker:
         self.engine = prepare(self.accelerator, model, optimizer)
         self.rank_allocation = make_rank_allocation(self.engine) if has_adapter(config) else None
         self.first_step = 1
+        unlogged_loss_sum = unlogged_num_targets = 0.0
         self.owes_evaluation = False
         """A stop has left out the evaluation of the last step, and it decides over the training or its final model."""
         self.patience = Patience(config.training, self._is_greater_better())
@@ -209,6 +210,9 @@ class Worker:
             manifest = load_checkpoint(self.engine, context.checkpoint, seed=config.seed)
             self.first_step = manifest.step + 1
             self.patience.restore(manifest.progress)
+            unlogged_num_targets = manifest.progress.unlogged_num_targets
+            if self.rank == 0:  # the workers' sums are added up
+                unlogged_loss_sum = manifest.progress.unlogged_loss_sum
             decides = config.training.early_stopping_patience is not None or config.training.load_best_model_at_end
             was_due = is_due(manifest.step, config.training.eval_steps, prepared.total_steps)
             self.owes_evaluation = decides and was_due and not manifest.metrics
@@ -253,8 +257,8 @@ class Worker:
             )
         )
         # In double precision, so that what is reported does not depend on the order in which many are added up.
-        self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
-        self._num_targets = torch.zeros((), device=self.device, dtype=torch.float64)
+        self._loss_sum = torch.tensor(unlogged_loss_sum, device=self.device, dtype=torch.float64)
+        self._num_targets = torch.tensor(unlogged_num_targets, device=self.device, dtype=torch.float64)
         self._num_tokens = torch.zeros((), device=self.device, dtype=torch.float64)
 
     # --- the parts of the loop ---------------------------------------------------------------------------------------
@@ -343,7 +347,8 @@ class Worker:
     def save(self, step: int) -> None:
         """Begin to save a checkpoint. Collective. Never saves a broken state."""
         self.context.beat("saving", step)
-        self._require_finite(float(self._sum_over_workers(self._loss_sum.clone())), step)
+        unlogged_loss_sum = float(self._sum_over_workers(self._loss_sum.clone()))
+        self._require_finite(unlogged_loss_sum, step)
         stopped_at = time.monotonic()
         self.finish_save(step)
         position = step * self.plan.global_batch
@@ -352,6 +357,8 @@ class Worker:
             epoch=position // self.prepared.num_train_samples,
             best_metric=self.patience.best,
             num_evaluations_without_improvement=self.patience.num_without_improvement,
+            unlogged_loss_sum=unlogged_loss_sum,
+            unlogged_num_targets=float(self._num_targets),
         )
         evaluation = self._evaluation if self._evaluated_step == step else {}
         metrics = {k: v for k, v in evaluation.items() if math.isfinite(v)}

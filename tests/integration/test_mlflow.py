@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import clean_environment, free_port, mlflow_server
 
 from distlm.controller.recorder import Recorder
 from distlm.errors import AttestationError, InfrastructureError, InputError
@@ -38,13 +34,6 @@ tracker = MlflowTracker.connect(sys.argv[1], "name", "shared", Path(sys.argv[2])
 assert mlflow.telemetry.get_telemetry_client() is None, "telemetry is on"
 print(tracker.mlflow_run_id)
 """
-
-
-def clean_environment(home: Path) -> dict[str, str]:
-    """No tracking URI, an own home, and none of the names from which mlflow concludes that it is being tested."""
-    hidden = ("MLFLOW_", "PYTEST_", "GITHUB_", "CI")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    return environment | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -223,45 +212,6 @@ def test_a_password_in_the_uri_is_in_no_message(tmp_path: Path) -> None:
     message = "".join(traceback.format_exception(error.value))
     assert "127.0.0.1" in message
     assert "hidden-word" not in message
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    """A tracking server as the documentation says to start it; killed without warning at the end of the block."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = clean_environment(folder) | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"))
-        assert process.poll() is None, (folder / "server.log").read_text()
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def test_a_server_that_dies_in_mid_run_misses_nothing_and_has_nothing_twice(tmp_path: Path) -> None:
