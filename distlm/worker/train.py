@@ -432,7 +432,7 @@ class Worker:
         }
         facts = gather_facts(self.engine, self.accelerator, positions, fingerprints)
         expected = Expected(
-            world_size=self.config.resources.num_workers,
+            world_size=self.config.resources.world_size,
             zero_stage=self.config.deepspeed.zero_stage,
             device_type=self.settings.device,
             first_position=(step - 1) * self.plan.global_batch,
