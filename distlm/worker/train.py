@@ -27,7 +27,7 @@ from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.metrics import METRICS
 from distlm.config.resolve import batch_plan, has_adapter, problem_kind, profiled_steps
 from distlm.config.schema import RunConfig, TrainingConfig
-from distlm.data.batches import EvaluationBatch, StepOrder, evaluation_batches
+from distlm.data.batches import EvaluationBatch, StepOrder, evaluation_batches, in_order_of_batches
 from distlm.data.order import permute
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
@@ -324,8 +324,8 @@ class Worker:
         dist.gather_object(judged, gathered, dst=0)
         box: list[dict[str, float]] = [{}]
         if gathered is not None:
-            everything = [batch for of_rank in gathered for batch in of_rank]
-            evaluation = self.task.evaluation(everything, loss, num_targets, self.validation_data)
+            in_order = in_order_of_batches(gathered)  # so that sums do not depend on the number of workers
+            evaluation = self.task.evaluation(in_order, loss, num_targets, self.validation_data)
             box = [{f"eval/{name}": value for name, value in evaluation.metrics.items()}]
             if self.context.tables_folder is not None:
                 write_tables(self.context.tables_folder / f"step-{step:08d}", evaluation.tables)
