@@ -6,13 +6,16 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from distlm.errors import InfrastructureError
 
 _TIMEOUT_S = 10.0
-_CONNECT_TIMEOUT_S = 2.0
+_NODE_TIMEOUT_S = 3.0
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a client of gRPC sends first; the server answers in the same way, whoever asks."""
 _MAX_THREADS = 32
 _T = TypeVar("_T")
 
@@ -35,8 +38,8 @@ class Node:
 def living_nodes() -> list[Node]:
     """Every node that is alive, those that are draining included. Raises InfrastructureError if the head is silent.
 
-    Ray's head believes in a node that was killed for 13 s, and 62 s where its connections are just silent (2.60, with
-    its own settings). Whether a node takes connections is known at once, so that each is asked.
+    Ray's head believes in a node that was killed for 13 s, and in one that is silent for 62 s (2.60, with its own
+    settings). So each is asked itself, by the port that every node of a cluster must reach.
     """
     return _in_time(_living_nodes, _TIMEOUT_S)
 
@@ -48,9 +51,7 @@ def _living_nodes() -> list[Node]:
     draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(_MAX_THREADS) as threads:
-        takes_connections = list(
-            threads.map(lambda node: _takes_connections(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes)
-        )
+        answers = list(threads.map(lambda node: _answers(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes))
     return [
         Node(
             id=node["NodeID"],
@@ -60,15 +61,18 @@ def _living_nodes() -> list[Node]:
             is_draining=node["NodeID"] in draining,
             drain_deadline_s=draining.get(node["NodeID"], 0) / 1000 or None,
         )
-        for node, is_there in zip(nodes, takes_connections, strict=True)
+        for node, is_there in zip(nodes, answers, strict=True)
         if is_there
     ]
 
 
-def _takes_connections(host: str, port: int) -> bool:
+def _answers(host: str, port: int, timeout_s: float = _NODE_TIMEOUT_S) -> bool:
+    """Whether a server of gRPC reacts: with its greeting, or by hanging up, as one with TLS does."""
     try:
-        with socket.create_connection((host, port), _CONNECT_TIMEOUT_S):
-            return True
+        with socket.create_connection((host, port), timeout_s) as connection, suppress(ConnectionError):
+            connection.sendall(_HTTP2_GREETING)
+            connection.recv(1)
+        return True
     except OSError:
         return False
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from distlm.controller.capacity import Node, _in_time, _takes_connections, choose_world_size, places
+from distlm.controller.capacity import Node, _answers, _in_time, choose_world_size, places
 from distlm.errors import InfrastructureError
 
 
@@ -58,8 +58,19 @@ def test_an_error_of_ray_is_one_of_the_infrastructure() -> None:
         _in_time(ask, timeout_s=60.0)
 
 
-def test_a_node_that_was_killed_takes_no_connections() -> None:
+def test_a_node_that_is_killed_or_silent_does_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert _takes_connections("127.0.0.1", port)
-    assert not _takes_connections("127.0.0.1", port)
+        assert not _answers("127.0.0.1", port, timeout_s=0.1), (
+            "the kernel takes connections for a process that is stopped"
+        )
+
+        def hang_up() -> None:
+            for _ in range(2):
+                server.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        assert _answers("127.0.0.1", port, timeout_s=60.0)
+        thread.join()
+    assert not _answers("127.0.0.1", port, timeout_s=60.0)
