@@ -39,7 +39,8 @@ class AttemptStatus:
     number: int
     state: str
     target: str | None = None
-    num_workers: int | None = None
+    num_workers: int | list[int] | None = None
+    """[MIN, MAX] of an elastic run."""
     zero_stage: int | None = None
     started_s: float | None = None
     """Seconds since the epoch."""
@@ -174,7 +175,7 @@ def _attempt_status(reader: _Reader, folder: AttemptFolder, tree: dict[str, Any]
         number=folder.number,
         state=state,
         target=_text(attempt.target) if attempt else None,
-        num_workers=_whole(value_at(of_attempt, "resources", "num_workers")),
+        num_workers=_workers(value_at(of_attempt, "resources", "num_workers")),
         zero_stage=_whole(value_at(of_attempt, "deepspeed", "zero_stage")),
         started_s=_seconds(result.get("started_at")) or begun_s,
         ended_s=ended_s,
@@ -272,6 +273,12 @@ def _text(value: Any) -> str | None:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _workers(value: Any) -> int | list[int] | None:
+    """A number of workers, or the two of an elastic run."""
+    is_range = isinstance(value, list) and len(value) == 2 and None not in map(_whole, value)
+    return value if is_range else _whole(value)
 
 
 def _seconds(value: Any) -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from distlm.config.load import load_config
 from distlm.config.reference import config_reference
-from distlm.config.resolve import batch_plan
+from distlm.config.resolve import at_world_size, batch_plan, possible_world_sizes
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import ExitCode
@@ -16,13 +17,20 @@ from distlm.launchers.local import LocalLauncher
 
 def validate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, LocalLauncher().check).config
-    plan = batch_plan(config)
+    plans = [batch_plan(at_world_size(config, size)) for size in possible_world_sizes(config)]
     say(
-        f"{options.config}: valid. {plan.global_batch} samples per step = {plan.micro_batch} per forward pass x "
-        f"{plan.world_size} workers x {plan.accumulation_steps} accumulation steps; ZeRO stage "
+        f"{options.config}: valid. {plans[0].global_batch} samples per step = {plans[0].micro_batch} per forward pass "
+        f"x {_either([plan.world_size for plan in plans])} workers x "
+        f"{_either([plan.accumulation_steps for plan in plans])} accumulation steps; ZeRO stage "
         f"{config.deepspeed.zero_stage}, {config.training.mixed_precision}"
     )
     return ExitCode.SUCCEEDED
+
+
+def _either(numbers: Sequence[int]) -> str:
+    """[1, 2, 4] -> "1, 2 or 4"."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def schema(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ metrics.jsonl. Times are UTC in ISO 8601.
 
     status: the same, but `attempts` is an array, oldest first, of
             number, state, target, num_workers, zero_stage, started_at, ended_at, duration_s, exit_code, cause, message,
-            log
+            log; num_workers is [MIN, MAX] of an elastic run
         and further
         task, model                 its type; where it comes from
         metrics                     {"train": {"step", "values"}, "eval": ...}; each null before its first point
@@ -47,7 +47,7 @@ from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, runs_in
 from distlm.run_status import AttemptStatus, RunStatus, run_status, value_at
 from distlm.view.ending import command, next_steps, what_happened
-from distlm.view.state import EVALUATION_METRICS, format_duration
+from distlm.view.state import EVALUATION_METRICS, format_duration, format_workers
 from distlm.view.table import Column, table
 
 
@@ -268,7 +268,8 @@ def _table_of_attempts(attempts: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     rows = [
         (
-            one["number"], one["state"], one["target"], one["num_workers"], one["zero_stage"],
+            one["number"], one["state"], one["target"],
+            None if one["num_workers"] is None else format_workers(one["num_workers"]), one["zero_stage"],
             _local(one["started_at"]), _duration(one["duration_s"]), one["exit_code"],
         )
         for one in attempts

@@ -277,12 +277,17 @@ def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
             value = place[last]
         except (KeyError, IndexError, TypeError):
             continue
-        if isinstance(value, _FromEnvironment):
-            try:
-                place[last] = parse_scalar(value)
-            except InputError:
-                place[last] = str(value)
-            changed = True
+        # Of a list that was refused as a whole, any of its items may be the cause.
+        places: list[tuple[Any, Any]] = [(place, last)]
+        if isinstance(value, list):
+            places += [(value, number) for number in range(len(value))]
+        for holder, index in places:
+            if isinstance(text := holder[index], _FromEnvironment):
+                try:
+                    holder[index] = parse_scalar(text)
+                except InputError:
+                    holder[index] = str(text)
+                changed = True
     return changed
 
 

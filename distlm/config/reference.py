@@ -156,6 +156,8 @@ def _type(value: JsonSchema, key: str) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     match value["type"]:
         case "array":
+            if (length := value.get("maxItems")) is not None and length == value.get("minItems"):
+                return f"list of {length}, each {_type(value['items'], key)}"
             kind = "non-empty list" if value.get("minItems") else "list"
             return f"{kind} of {_type(value['items'], key).replace('[section]', '[sections]')}"
         case "object":

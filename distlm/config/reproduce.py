@@ -85,10 +85,11 @@ def _shown(value: Any) -> str:
 def _resized(original: RunFolder, trees: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The numbers of a run depend in their last bits on its workers and its ZeRO stage."""
     for section, key, what in (("resources", "num_workers", "workers"), ("deepspeed", "zero_stage", "ZeRO stage")):
-        values = [str(tree.get(section, {}).get(key)) for tree in trees]
-        if len(set(values)) > 1:
+        values = [tree.get(section, {}).get(key) for tree in trees]
+        texts = [str(value) for value in values]
+        if len(set(texts)) > 1 or any(isinstance(value, list) for value in values):
             yield (
-                f"the attempts of run {original.run_id} had {what} {', '.join(values)}, and this run has those of the "
+                f"the attempts of run {original.run_id} had {what} {', '.join(texts)}, and this run has those of the "
                 "last: their numbers are the same up to rounding"
             )
 

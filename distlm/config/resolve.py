@@ -170,16 +170,31 @@ class BatchPlan:
 
 
 def batch_plan(config: RunConfig) -> BatchPlan:
+    """Of a config that has one world size. Raises TypeError for an elastic one: see `at_world_size`."""
     training = config.training
     return BatchPlan(
-        training.global_train_batch_size, training.per_device_train_batch_size, config.resources.num_workers
+        training.global_train_batch_size, training.per_device_train_batch_size, config.resources.world_size
     )
+
+
+def at_world_size(config: RunConfig, num_workers: int) -> RunConfig:
+    """The same config with so many workers, whatever range it allows."""
+    resources = config.resources.model_copy(update={"num_workers": num_workers})
+    return config.model_copy(update={"resources": resources})
 
 
 def legal_world_sizes(micro_batches: int) -> list[int]:
     """Numbers of workers that divide the micro batches of a step evenly."""
     small = [size for size in range(1, math.isqrt(micro_batches) + 1) if micro_batches % size == 0]
     return sorted({*small, *(micro_batches // size for size in small)})
+
+
+def possible_world_sizes(config: RunConfig) -> list[int]:
+    """Numbers of workers that the config allows and that divide the micro batches of a step, the smallest first. A
+    valid config has one at least."""
+    training, resources = config.training, config.resources
+    legal = legal_world_sizes(training.global_train_batch_size // training.per_device_train_batch_size)
+    return [size for size in legal if resources.min_workers <= size <= resources.max_workers]
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:
@@ -253,7 +268,7 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
         yield Problem("needs GPUs and bitsandbytes, and the workers run on CPUs; leave it out", "model.quantization")
     if resources.device == "cuda" and gpu_count == 0:
         yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
-    elif not on_cpu and gpu_count and resources.num_workers > gpu_count:
+    elif not on_cpu and gpu_count and min(possible_world_sizes(config), default=resources.min_workers) > gpu_count:
         yield Problem(f"this machine has {gpu_count} GPUs, and each worker needs one", "resources.num_workers")
 
     if config.tokenizer.name_or_path and config.tokenizer.train:
@@ -286,8 +301,8 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
-    plan = batch_plan(config)
-    budget = config.training.per_device_train_batch_tokens
+    training, resources = config.training, config.resources
+    budget = training.per_device_train_batch_tokens
     if budget is not None and config.task.type == "masked-lm":
         message = "samples of masked-lm are all of one length; use training.per_device_train_batch_size"
         yield Problem(message, "training.per_device_train_batch_tokens")
@@ -296,17 +311,17 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
             f"a sample may have data.max_seq_length = {config.data.max_seq_length} tokens; give that or more",
             "training.per_device_train_batch_tokens",
         )
-    if plan.global_batch % plan.micro_batch:
+    global_batch, micro_batch = training.global_train_batch_size, training.per_device_train_batch_size
+    if global_batch % micro_batch:
         yield Problem(
-            f"{plan.global_batch} samples per step are no multiple of training.per_device_train_batch_size = "
-            f"{plan.micro_batch}",
+            f"{global_batch} samples per step are no multiple of training.per_device_train_batch_size = {micro_batch}",
             "training.global_train_batch_size",
         )
-    elif plan.micro_batches % plan.world_size:
-        sizes = ", ".join(map(str, legal_world_sizes(plan.micro_batches)[:12]))
+    elif not possible_world_sizes(config):
+        sizes = ", ".join(map(str, legal_world_sizes(global_batch // micro_batch)[:12]))
         yield Problem(
-            f"{plan.global_batch} samples per step cannot be divided by training.per_device_train_batch_size = "
-            f"{plan.micro_batch} x resources.num_workers = {plan.world_size}; workers that divide it: {sizes}",
+            f"{global_batch} samples per step cannot be divided by training.per_device_train_batch_size = "
+            f"{micro_batch} x resources.num_workers = {resources.num_workers}; workers that divide it: {sizes}",
             "training.global_train_batch_size",
         )
 

@@ -38,6 +38,21 @@ def _text_encoding(name: str) -> str:
     return codecs.lookup(name).name
 
 
+def _num_workers(value: Any) -> Any:
+    """What is neither a number of workers nor two of them is refused in words of its own."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**31 for number in numbers):
+        message = "must be a whole number above 0, or two of them, [MIN, MAX], for an elastic run"
+        raise PydanticCustomError("num_workers", message)
+    if isinstance(value, list) and len(value) != 2:
+        message = "must be one number, or a list of two, [MIN, MAX], for an elastic run; this list has {length}"
+        raise PydanticCustomError("num_workers", message, {"length": len(value)})
+    if numbers[0] > numbers[-1]:
+        message = "the smaller number comes first: [{max}, {min}]"
+        raise PydanticCustomError("num_workers", message, {"min": numbers[0], "max": numbers[-1]})
+    return value
+
+
 def _delimiter(text: str) -> str:
     if len(text) != 1 or text in '\r\n"':
         message = "must be one character, and no quote or line end, such as ';' or \"\\t\" (a tab)"
@@ -406,12 +421,39 @@ class ResourcesConfig(Section):
 
     target: Literal["local"] = "local"
     """Where to run: `local` is this machine, or the Ray cluster that RAY_ADDRESS names."""
-    num_workers: PositiveInt = 1
-    """Training processes, one per device."""
+    num_workers: Annotated[
+        PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)], BeforeValidator(_num_workers)
+    ] = 1
+    """Training processes, one per device. [MIN, MAX]: an elastic run, which goes on with as many as the cluster has
+    room for while nodes leave and come; on this machine alone it is as many as fit. Numbers that do not divide the
+    micro batches of a step are left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What a worker computes on; auto: GPUs where there are any."""
     cpus_per_worker: PositiveInt | None = None
-    """CPU cores (and threads) per worker; null: an equal share of the machine's cores."""
+    """CPU cores (and threads) per worker; null: an equal share of the cores of the machine or cluster, but 1 with GPUs
+    of a cluster, and 1 in an elastic run on a cluster, whose cores come and go."""
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run may go on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run may go on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the nodes that there are."""
+        return isinstance(self.num_workers, list)
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers, where it is one. Raises TypeError for a range: see `resolve.at_world_size`."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        raise TypeError(f"num_workers = {self.num_workers} is no world size; choose one with at_world_size")
 
 
 class MaxRetries(Section):

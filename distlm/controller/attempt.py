@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.attempt import Attempt, load_attempt
-from distlm.config.resolve import semantic_params
+from distlm.config.resolve import at_world_size, possible_world_sizes, semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
 from distlm.controller.cluster import Cluster, connect, on_this_node
@@ -99,7 +99,8 @@ class AttemptController:
             if not address:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
-            cluster = ray_scope.enter_context(connect(self.config.resources, temporary_root))
+            possible = possible_world_sizes(self.config)
+            cluster = ray_scope.enter_context(connect(self.config.resources, possible, temporary_root))
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
             if address:
@@ -139,7 +140,7 @@ class AttemptController:
     def _check_cluster(self, cluster: Cluster) -> None:
         """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
-        preflight.check_capacity(self.config, cluster)
+        self.config = at_world_size(self.config, preflight.check_capacity(self.config, cluster))
         preflight.check_quantization(self.config, cluster.device)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
@@ -303,7 +304,7 @@ class AttemptController:
         recorder.restored(step, number)
         self._phases = self._phases or [phase_ended("begin", number)]
         recorder.record(self._phases)
-        self.progress.phase("workers", f"starting {self.config.resources.num_workers} workers on {cluster.device}")
+        self.progress.phase("workers", f"starting {self.config.resources.world_size} workers on {cluster.device}")
         self.progress.training(step, prepared.total_steps, cluster.device)
         mailbox = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=on_this_node())(RecorderMailbox).remote()
         arguments = WorkerArguments(
@@ -311,6 +312,7 @@ class AttemptController:
             attempt_path=str(self.folder.path),
             incarnation=number,
             device=cluster.device,
+            num_workers=self.config.resources.world_size,
             cpus_per_worker=cluster.cpus_per_worker,
             checkpoint=str(checkpoint.path) if checkpoint else None,
             checkpoint_step=step,
@@ -423,7 +425,7 @@ class AttemptController:
                 "distlm.attempt": str(self.folder.number),
                 "distlm.target": attempt.target,
                 "distlm.device": cluster.device,
-                "distlm.world_size": str(config.resources.num_workers),
+                "distlm.world_size": str(config.resources.world_size),
                 "distlm.zero_stage": str(config.deepspeed.zero_stage),
                 "distlm.overrides": " ".join([*attempt.overrides]),
                 "distlm.run_folder": str(self.run.path),

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from distlm.config.schema import ResourcesConfig
+from distlm.controller.capacity import choose_world_size
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes
@@ -71,14 +71,15 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def connect(resources: ResourcesConfig, temporary_root: Path | None) -> Iterator[Cluster]:
-    """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards."""
+def connect(resources: ResourcesConfig, possible: Sequence[int], temporary_root: Path | None) -> Iterator[Cluster]:
+    """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards. `possible`:
+    the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for."""
     os.environ.update(_RAY_SETTINGS)
     if address := os.environ.get("RAY_ADDRESS"):
         yield from _join(resources, address)
     else:
         assert temporary_root is not None
-        yield from _start(resources, temporary_root)
+        yield from _start(resources, possible, temporary_root)
 
 
 def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
@@ -94,13 +95,16 @@ def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
         device = resources.device
         if device == "auto":
             device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
-        share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.num_workers))
-        yield Cluster(device, resources.cpus_per_worker or (1 if device == "cuda" else share))
+        if device == "cuda" or resources.is_elastic:  # whose share would depend on the nodes that there are now
+            share = 1
+        else:
+            share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
+        yield Cluster(device, resources.cpus_per_worker or share)
     finally:
         ray.shutdown()
 
 
-def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster]:
+def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: Path) -> Iterator[Cluster]:
     os.environ.update(
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
@@ -121,12 +125,14 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
     if gpus is None:
         gpus = _count_gpus_with_torch()
     device = resources.device if resources.device != "auto" else ("cuda" if gpus else "cpu")
-    cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
+    room = gpus if device == "cuda" else cores // (resources.cpus_per_worker or 1)
+    num_workers = choose_world_size(possible, room) or possible[0]  # on CPUs workers may share cores
+    cpus_per_worker = resources.cpus_per_worker or max(1, cores // num_workers)
     others = psutil.Process().children(recursive=True)
     try:
         with _own_signal_handlers():
             ray.init(
-                num_cpus=resources.num_workers * cpus_per_worker,
+                num_cpus=num_workers * cpus_per_worker,
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -172,10 +178,3 @@ def on_this_node() -> Any:
 
     node_id = ray.get_runtime_context().get_node_id()
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
-
-
-def node_addresses() -> list[dict[str, Any]]:
-    """Ray's description of each living node."""
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]

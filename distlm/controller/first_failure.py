@@ -133,7 +133,7 @@ def advice(cause: Cause | None, config: RunConfig) -> str:
     match cause:
         case Cause.OUT_OF_MEMORY:
             ways = [f"lower training.per_device_train_batch_size (now {training.per_device_train_batch_size})"]
-            if deepspeed.zero_stage < 3 and config.resources.num_workers > 1:
+            if deepspeed.zero_stage < 3 and config.resources.max_workers > 1:
                 ways.append(f"raise deepspeed.zero_stage (now {deepspeed.zero_stage})")
             if not training.gradient_checkpointing:
                 ways.append("set training.gradient_checkpointing=true")

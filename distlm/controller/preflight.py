@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 from distlm.checkpoint.store import CheckpointStore
+from distlm.config.resolve import possible_world_sizes
 from distlm.config.schema import RunConfig
-from distlm.controller.cluster import Cluster, node_addresses
+from distlm.controller.capacity import choose_world_size, living_nodes, places
+from distlm.controller.cluster import Cluster
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder
 
@@ -17,21 +19,25 @@ _NODE_TIMEOUT_S = 60.0
 _BYTES_PER_PARAMETER = 12  # an fp32 weight and its two Adam moments
 
 
-def check_capacity(config: RunConfig, cluster: Cluster) -> None:
-    """Raise InputError if the workers can never be placed; Ray Train would wait for ever."""
-    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.device == "cuda" else {})
-    nodes = [node["Resources"] for node in node_addresses()]
-    places = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items()) for node in nodes)
-    if places < config.resources.num_workers:
-        needs = " and ".join(f"{amount} {name}" for name, amount in per_worker.items())
+def check_capacity(config: RunConfig, cluster: Cluster) -> int:
+    """The number of workers to begin with: of those that the config allows, the largest that there is room for.
+
+    Raises InputError if there is room for none of them; Ray Train would wait for ever.
+    """
+    nodes = living_nodes()
+    room = places(nodes, cluster.device, cluster.cpus_per_worker)
+    num_workers = choose_world_size(possible_world_sizes(config), room)
+    if num_workers is None:
+        needs = f"{cluster.cpus_per_worker} CPU{' and 1 GPU' if cluster.device == 'cuda' else ''}"
         raise InputError(
             Problem(
-                f"the {len(nodes)} nodes of the Ray cluster have room for {places} workers of {needs} each; lower "
+                f"the {len(nodes)} nodes of the Ray cluster have room for {room} workers of {needs} each; lower "
                 "resources.num_workers or resources.cpus_per_worker",
                 "resources.num_workers",
                 str(config.resources.num_workers),
             )
         )
+    return num_workers
 
 
 def check_quantization(config: RunConfig, device: str) -> None:
@@ -53,21 +59,20 @@ def check_storage(config: RunConfig, run: RunFolder) -> None:
     probe = ray.remote(num_cpus=0)(_write_probe)
     tasks = {
         probe.options(
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                node["NodeID"], soft=False
-            )
-        ).remote(str(run.path), f".probe-{token}-{node['NodeID']}"): node
-        for node in node_addresses()
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
+        ).remote(str(run.path), f".probe-{token}-{node.id}"): node
+        for node in living_nodes()
+        if not node.is_draining
     }
     try:
         done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=_NODE_TIMEOUT_S)
-        problems = [f"{tasks[task]['NodeManagerHostname']} did not answer in {_NODE_TIMEOUT_S:.0f} s" for task in late]
+        problems = [f"{tasks[task].host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for task in late]
         for task in done:
-            host, failure = tasks[task]["NodeManagerHostname"], ray.get(task)
+            node, failure = tasks[task], ray.get(task)
             if failure:
-                problems.append(f"{host} cannot write there ({failure})")
-            elif not (run.path / f".probe-{token}-{tasks[task]['NodeID']}").exists():
-                problems.append(f"{host} writes to another folder of that name; it is not shared")
+                problems.append(f"{node.host} cannot write there ({failure})")
+            elif not (run.path / f".probe-{token}-{node.id}").exists():
+                problems.append(f"{node.host} writes to another folder of that name; it is not shared")
     finally:
         for file in run.path.glob(f".probe-{token}-*"):
             file.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ class Incarnation:
     runs in a thread of its own; `is_alive` and `outcome` tell how it goes."""
 
     def __init__(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
-        self._number, self._num_workers = arguments.incarnation, config.resources.num_workers
+        self._number, self._num_workers = arguments.incarnation, config.resources.world_size
         self._error: BaseException | None = None
         self._oom_kills = OomKills()
         self._thread = threading.Thread(
@@ -45,7 +45,7 @@ class Incarnation:
                 train_loop_config=arguments.to_dict(),
                 backend_config=_backend_config(cluster.device),
                 scaling_config=ray.train.ScalingConfig(
-                    num_workers=config.resources.num_workers,
+                    num_workers=config.resources.world_size,
                     use_gpu=cluster.device == "cuda",
                     resources_per_worker={"CPU": cluster.cpus_per_worker},
                 ),

@@ -12,10 +12,10 @@ samples of a whole training from 0, and step s (from 1) trains the positions (s 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ BATCHES_PER_WINDOW = 50
 
 _WINDOW_STREAM = 4  # of `uniform`; the tasks have 1 to 3
 
+T = TypeVar("T")
 Lengths = NDArray[np.integer[Any]]
 """Tokens of each sample, [num_samples]."""
 
@@ -193,3 +194,9 @@ def evaluation_batches(
         start += rows
     filler = EvaluationBatch(indices[-1:], is_counted=False)  # the shortest sample costs least
     return batches + [filler] * (-len(batches) % world_size)
+
+
+def in_order_of_batches(of_workers: Sequence[Sequence[T]]) -> list[T]:
+    """What each worker has of its counted batches of an evaluation, as one list in the order of the batches."""
+    rounds = max(map(len, of_workers), default=0)
+    return [results[number] for number in range(rounds) for results in of_workers if number < len(results)]

@@ -68,7 +68,7 @@ class LocalLauncher:
         yield from check_references(config)
         yield from _check_runs_dir(Path(config.runs_dir))
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if config.resources.num_workers * _WORKER_GIB > memory_gib:
+        if config.resources.min_workers * _WORKER_GIB > memory_gib:
             yield Problem(
                 f"each worker needs {_WORKER_GIB} GiB of memory for its libraries alone, and this machine has "
                 f"{memory_gib:.0f} GiB; use fewer workers", "resources.num_workers",

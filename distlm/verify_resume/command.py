@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from distlm.config.attempt import begin_attempt, changed_config, create_run
 from distlm.config.load import LoadedConfig, load_config
-from distlm.config.resolve import batch_plan, legal_world_sizes
+from distlm.config.resolve import legal_world_sizes, possible_world_sizes
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.devices import visible_gpu_count
@@ -119,13 +119,18 @@ def verify_resume(config: Path, overrides: list[str], steps: int, sizes: list[in
 
 
 def default_sizes(config: RunConfig) -> list[int]:
-    """The config's number of workers twice, then another legal one that this machine has room for: the next smaller
-    one, else the next larger one."""
-    workers = config.resources.num_workers
-    sizes = legal_world_sizes(batch_plan(config).micro_batches)
+    """The config's number of workers twice (of a range the largest that this machine has room for), then another legal
+    one that there is room for: the next smaller one, else the next larger one."""
+    possible, room = possible_world_sizes(config), _room(config)
+    workers = max((size for size in possible if size <= room), default=possible[0])
+    sizes = _legal_sizes(config)
     smaller = [size for size in sizes if size < workers]
-    larger = [size for size in sizes if workers < size <= _room(config)]
+    larger = [size for size in sizes if workers < size <= room]
     return [workers, workers, *(smaller[-1:] or larger[:1])]
+
+
+def _legal_sizes(config: RunConfig) -> list[int]:
+    return legal_world_sizes(config.training.global_train_batch_size // config.training.per_device_train_batch_size)
 
 
 def _room(config: RunConfig) -> int:
@@ -139,7 +144,7 @@ def _room(config: RunConfig) -> int:
 
 
 def _why_one_size(config: RunConfig) -> str:
-    sizes = legal_world_sizes(batch_plan(config).micro_batches)
+    sizes = _legal_sizes(config)
     room = f"this machine has room for {_room(config)}"
     if os.environ.get("RAY_ADDRESS"):
         room = "how many the Ray cluster has room for is not known here (--workers)"

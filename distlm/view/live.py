@@ -31,6 +31,7 @@ from distlm.view.state import (
     AttemptState,
     finite_mean,
     format_duration,
+    format_workers,
     lines_of,
     measures,
     step_of,
@@ -274,7 +275,7 @@ def _head(state: AttemptState, columns: int) -> list[Text]:
     if begin["attempt"] > 1:
         line.append(f"  attempt {begin['attempt']}")
     line.truncate(columns, overflow="ellipsis")
-    workers = f"{begin['num_workers']} worker{'s' if begin['num_workers'] > 1 else ''}"
+    workers = f"{format_workers(begin['num_workers'])} worker{'' if begin['num_workers'] == 1 else 's'}"
     precision = "fp32" if begin["mixed_precision"] == "no" else begin["mixed_precision"]
     facts = [
         _printable(begin["task"]),

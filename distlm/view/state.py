@@ -256,6 +256,11 @@ def bar(share: float, width: int = 20) -> str:
     return ("#" * round(share * width)).ljust(width, ".")
 
 
+def format_workers(num_workers: int | Sequence[int]) -> str:
+    """4 -> "4", and [1, 4] of an elastic run -> "1-4"."""
+    return str(num_workers) if isinstance(num_workers, int) else "-".join(map(str, num_workers))
+
+
 def format_duration(seconds: float) -> str:
     """75 -> "1m 15s"."""
     minutes, seconds = divmod(round(seconds), 60)

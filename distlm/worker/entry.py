@@ -38,6 +38,8 @@ class WorkerArguments:
     attempt_path: str
     incarnation: int
     device: str
+    num_workers: int
+    """World size of this incarnation."""
     cpus_per_worker: int
     checkpoint: str | None
     """Folder of the state to continue from."""
@@ -139,6 +141,7 @@ def _train(
     torch.set_num_threads(told.cpus_per_worker)
     from distlm.checkpoint.store import Checkpoint
     from distlm.config.attempt import load_attempt
+    from distlm.config.resolve import at_world_size
     from distlm.run_folder import read_json
     from distlm.tracking.records import Record, now_ms
     from distlm.worker.metrics import SystemMonitor
@@ -149,7 +152,7 @@ def _train(
 
     tell_phase_ended("import", told.checkpoint_step)
     run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))
-    config = load_attempt(run, attempt).config
+    config = at_world_size(load_attempt(run, attempt).config, told.num_workers)
 
     def push(message: dict[str, Any]) -> None:
         told.mailbox.push.remote(message)

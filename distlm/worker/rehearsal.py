@@ -63,7 +63,7 @@ def make_sample_log(run: RunFolder, attempt: AttemptFolder, config: RunConfig, r
     asked = Attempt.read(attempt)
     if not asked.record_samples:
         return None
-    if asked.kill_in_step is None or rank != config.resources.num_workers - 1:
+    if asked.kill_in_step is None or rank != config.resources.world_size - 1:
         return SampleLog(attempt, rank)
     return SampleLog(attempt, rank, Kill(asked.kill_in_step, config.training.save_steps or 1, run, attempt))
 

@@ -27,7 +27,7 @@ from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.config.metrics import METRICS
 from distlm.config.resolve import batch_plan, has_adapter, problem_kind, profiled_steps
 from distlm.config.schema import RunConfig, TrainingConfig
-from distlm.data.batches import EvaluationBatch, StepOrder, evaluation_batches
+from distlm.data.batches import EvaluationBatch, StepOrder, evaluation_batches, in_order_of_batches
 from distlm.data.order import permute
 from distlm.errors import CheckpointError, NonFiniteLossError
 from distlm.run_folder import RunFolder
@@ -336,8 +336,8 @@ class Worker:
         dist.gather_object(judged, gathered, dst=0)
         box: list[dict[str, float]] = [{}]
         if gathered is not None:
-            everything = [batch for of_rank in gathered for batch in of_rank]
-            evaluation = self.task.evaluation(everything, loss, num_targets, self.validation_data)
+            in_order = in_order_of_batches(gathered)  # so that sums do not depend on the number of workers
+            evaluation = self.task.evaluation(in_order, loss, num_targets, self.validation_data)
             box = [{f"eval/{name}": value for name, value in evaluation.metrics.items()}]
             if self.context.tables_folder is not None:
                 write_tables(self.context.tables_folder / f"step-{step:08d}", evaluation.tables)
@@ -449,7 +449,7 @@ class Worker:
         }
         facts = gather_facts(self.engine, self.accelerator, positions, fingerprints)
         expected = Expected(
-            world_size=self.config.resources.num_workers,
+            world_size=self.config.resources.world_size,
             zero_stage=self.config.deepspeed.zero_stage,
             device_type=self.settings.device,
             first_position=(step - 1) * self.plan.global_batch,

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from distlm.config.resolve import BatchPlan, legal_world_sizes
-from distlm.data.batches import BATCHES_PER_WINDOW, StepOrder, StepSamples, evaluation_batches
+from distlm.data.batches import (
+    BATCHES_PER_WINDOW,
+    StepOrder,
+    StepSamples,
+    evaluation_batches,
+    in_order_of_batches,
+)
 from distlm.data.order import SampleOrder
 from distlm.data.samples import round_up
 
@@ -245,6 +251,10 @@ def test_an_evaluation_takes_each_sample_once_in_equal_numbers_of_batches(max_to
             assert [batch.indices.tolist() for batch in counted] == [batch.indices.tolist() for batch in alone]
             assert sorted(i for batch in counted for i in batch.indices.tolist()) == sorted(indices.tolist())
             assert (np.diff(lengths[np.concatenate([batch.indices for batch in counted])]) <= 0).all()
+            of_workers = [
+                [batch for batch in batches[rank::world_size] if batch.is_counted] for rank in range(world_size)
+            ]
+            assert in_order_of_batches(of_workers) == counted
             for batch in batches:
                 rows = len(batch.indices)
                 assert 1 <= rows <= batch_size

@@ -199,6 +199,8 @@ def test_total_steps(runs_dir: Path) -> None:
     status = run_status(run)
     assert status.total_steps == 300, "a refused attempt changes nothing"
     assert [one.num_workers for one in status.attempts] == [2, 4, 4]
+    make_attempt(run, "resources.num_workers=[1,4]")
+    assert run_status(run).attempts[-1].num_workers == [1, 4]
     epochs = make_run(runs_dir, 1, training={"num_train_epochs": 2.0})
     assert run_status(epochs).total_steps is None
     epochs.init.mkdir()

@@ -10,7 +10,16 @@ import yaml
 
 from distlm.config.attempt import Attempt, changed_config, create_run, load_attempt
 from distlm.config.load import LoadedConfig, load_config, parse_yaml
-from distlm.config.resolve import batch_plan, contradictions, flatten, semantic_params, warmup_steps
+from distlm.config.resolve import (
+    at_world_size,
+    batch_plan,
+    contradictions,
+    flatten,
+    possible_world_sizes,
+    resolved_tree,
+    semantic_params,
+    warmup_steps,
+)
 from distlm.errors import ExitCode, InputError, Problem
 from distlm.run_folder import RunFolder, write_json
 
@@ -315,6 +324,69 @@ def test_an_unset_variable_and_a_refused_secret_are_reported_without_the_secret(
 def test_the_batch_is_divided_exactly(tmp_path: Path) -> None:
     plan = batch_plan(load(tmp_path, VALID, "resources.num_workers=2").config)
     assert (plan.micro_batches, plan.accumulation_steps) == (8, 4)
+
+
+def test_an_elastic_run_has_a_range_of_workers_and_a_plan_for_each_size(tmp_path: Path) -> None:
+    loaded = load(tmp_path, VALID, "resources.num_workers=[2,7]")
+    resources = loaded.config.resources
+    assert (resources.is_elastic, resources.min_workers, resources.max_workers) == (True, 2, 7)
+    assert resolved_tree(loaded.config, loaded.raw)["resources"]["num_workers"] == [2, 7]
+    assert possible_world_sizes(loaded.config) == [2, 4], "of 8 micro batches"
+    plans = [batch_plan(at_world_size(loaded.config, size)) for size in (2, 4)]
+    assert [(plan.world_size, plan.accumulation_steps) for plan in plans] == [(2, 4), (4, 2)]
+    assert loaded.config.resources == resources, "a copy has the other size"
+    with pytest.raises(TypeError, match="at_world_size"):
+        batch_plan(loaded.config)
+
+
+def test_a_plain_number_of_workers_stays_one(tmp_path: Path) -> None:
+    loaded = load(tmp_path, VALID, "resources.num_workers=4")
+    resources = loaded.config.resources
+    assert not resources.is_elastic
+    assert resources.min_workers == resources.max_workers == resources.world_size == 4
+    assert resolved_tree(loaded.config, loaded.raw)["resources"]["num_workers"] == 4
+    assert possible_world_sizes(loaded.config) == [4]
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ("[4,2]", "the smaller number comes first: [2, 4]"),
+        ("[2]", "a list of two, [MIN, MAX], for an elastic run; this list has 1"),
+        ("[1,2,3]", "this list has 3"),
+        ("[0,2]", "a whole number above 0, or two of them, [MIN, MAX]"),
+        ("[1.0,2]", "a whole number above 0, or two of them, [MIN, MAX]"),
+        ("[true,2]", "a whole number above 0, or two of them, [MIN, MAX]"),
+        ("2-4", "a whole number above 0, or two of them, [MIN, MAX]"),
+        ("0", "a whole number above 0, or two of them, [MIN, MAX]"),
+    ],
+)
+def test_what_is_no_number_of_workers_is_told_what_is(tmp_path: Path, value: str, advice: str) -> None:
+    (problem,) = problems(tmp_path, VALID, f"resources.num_workers={value}")
+    assert problem.key == "resources.num_workers" and problem.location == "command line"
+    assert advice in problem.message
+
+
+def test_a_range_without_any_legal_number_of_workers_names_the_legal_ones(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, VALID, "resources.num_workers=[5,7]")
+    assert problem.key == "training.global_train_batch_size"
+    assert "resources.num_workers = [5, 7]; workers that divide it: 1, 2, 4, 8" in problem.message
+
+
+def test_of_a_range_the_smallest_size_needs_a_gpu_for_each_worker(tmp_path: Path) -> None:
+    config = load(tmp_path, VALID, "resources.num_workers=[3,8]").config
+    for gpu_count, is_refused in ((3, True), (4, False)):  # 4 divides the micro batches, 3 does not
+        found = [problem for problem in contradictions(config, gpu_count) if problem.key == "resources.num_workers"]
+        assert bool(found) == is_refused
+
+
+def test_the_ends_of_a_range_may_come_from_the_environment(tmp_path: Path) -> None:
+    text = VALID + 'resources: {num_workers: ["${LEAST}", "${MOST}"]}\n'
+    loaded = load(tmp_path, text, LEAST="1", MOST="4")
+    assert loaded.config.resources.num_workers == [1, 4]
+    assert loaded.raw["resources"]["num_workers"] == ["${LEAST}", "${MOST}"]
+    (problem,) = problems(tmp_path, text, LEAST="1", MOST="many")
+    assert "two of them, [MIN, MAX]" in problem.message
 
 
 def test_warmup_is_steps_or_a_share(tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ def test_advice_names_the_keys_that_can_still_help() -> None:
     tree |= {"deepspeed": {"zero_stage": 3}, "training": {"max_steps": 9, "gradient_checkpointing": True}}
     text = advice(Cause.OUT_OF_MEMORY, load_tree(tree).config)
     assert "zero_stage" not in text and "gradient_checkpointing" not in text and "resources.num_workers=2" in text
+    tree |= {"deepspeed": {"zero_stage": 2}, "resources": {"num_workers": [1, 4]}}
+    assert "zero_stage (now 2)" in advice(Cause.OUT_OF_MEMORY, load_tree(tree).config)
     assert advice(None, load_tree(tree).config) == ""
 
 

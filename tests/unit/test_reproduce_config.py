@@ -67,6 +67,14 @@ def test_changes_of_resumes_are_in_it_and_overrides_come_last() -> None:
     assert "had workers 2, 4" in warning and "the same up to rounding" in warning
 
 
+def test_what_an_elastic_run_has_computed_is_the_same_up_to_rounding() -> None:
+    run = make_run("resources.num_workers=[1,4]")
+    equal = reproduce(run, [], contradictions)
+    assert equal.loaded.config.resources.num_workers == [1, 4]
+    (warning,) = equal.warnings
+    assert "had workers [1, 4]" in warning and "the same up to rounding" in warning
+
+
 def test_a_problem_is_located_where_the_key_was_written() -> None:
     run = make_run()
     Attempt("local", "0", changes=["training.eval_steps=many"]).write(run.new_attempt())

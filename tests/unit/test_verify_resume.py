@@ -533,6 +533,12 @@ def test_the_default_sizes(workers: int, cores: int, expected: list[int], monkey
     assert default_sizes(config(f"resources.num_workers={workers}")) == expected
 
 
+def test_of_a_range_the_largest_size_that_there_is_room_for_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(5)))
+    assert default_sizes(config("resources.num_workers=[1,8]")) == [4, 4, 3]  # 12 micro batches
+    assert default_sizes(config("resources.num_workers=[6,8]")) == [6, 6, 4]
+
+
 def test_of_another_cluster_no_more_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

@@ -273,6 +273,11 @@ def test_160_columns_have_two_rows_in_a_line() -> None:
     assert [line.index(word) for line, word in zip(lines[2:5], ("eval", "memory", "log "), strict=True)] == [80] * 3
 
 
+def test_of_an_elastic_run_the_range_of_workers_is_shown() -> None:
+    lines = [line.plain for line in panel(state_after(*trained(num_workers=[1, 4])), 159, 39)]
+    assert "masked-lm · 1-4 workers × cuda" in lines[0]
+
+
 def test_before_training_the_phase_and_the_bar_of_the_data() -> None:
     lines = [line.plain for line in panel(state_after(*PREPARING), 79, 23)]
     assert lines[2].endswith(" preparing data, tokenizer and initial weights  0s")
