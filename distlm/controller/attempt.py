@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,12 @@ from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import at_world_size, possible_world_sizes, semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
+from distlm.controller.capacity import choose_world_size, living_nodes, places
 from distlm.controller.cluster import Cluster, connect, on_this_node
+from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.environment import versions
 from distlm.controller.first_failure import advice
-from distlm.controller.hang import WorkerProcess, end_hung_workers
+from distlm.controller.hang import WorkerProcess, end_hung_workers, end_workers
 from distlm.controller.helper import ClusterHelper, Helper, LocalHelper
 from distlm.controller.progress import Progress
 from distlm.controller.provenance import Provenance
@@ -33,6 +35,7 @@ from distlm.controller.trainer import Incarnation, remove_placement_groups
 from distlm.controller.watchdog import Watchdog
 from distlm.data.notes import PreparationProgress, notes
 from distlm.errors import (
+    Cause,
     CheckpointError,
     DistlmError,
     ExitCode,
@@ -58,6 +61,8 @@ _REPORT_INTERVAL_S = 1.0
 _LAST_MESSAGES_TIMEOUT_S = 30.0
 _TRACKER_TIMEOUT_S, _TRACKER_TIMEOUT_S_WHEN_STOPPED = 60.0, 5.0
 _PROVENANCE_TIMEOUT_S = 10.0
+_SETTLING_S = 5.0
+"""Nodes that come together are not taken one by one."""
 _NOT_RECORDED = ("pulse", "placed", "saving")
 """Kinds of messages that are for the controller alone."""
 
@@ -74,8 +79,13 @@ class AttemptController:
         self.policy = RetryPolicy(NO_RETRIES if is_rehearsal else self.config.recovery)
         self.failures: list[dict[str, Any]] = []
         self._retries: list[Retry] = []
-        self._workers: dict[int, dict[str, Any]] = {}
-        """By rank, where the workers of the incarnation are."""
+        self._workers: dict[int, WorkerProcess] = {}
+        """By rank, those of the incarnation."""
+        self._possible_sizes = possible_world_sizes(self.config)
+        self._resizing = False
+        """The workers were asked to stop so that another number of them, or others, can go on."""
+        self._grows_since_s: float | None = None
+        """Since when there has been room for more workers."""
         self._phases: list[dict[str, Any]] = [phase_ended("begin", 1)]
         """Of starting up, as long as they are not recorded."""
         self._tracker: MlflowTracker | None = None
@@ -99,8 +109,7 @@ class AttemptController:
             if not address:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
-            possible = possible_world_sizes(self.config)
-            cluster = ray_scope.enter_context(connect(self.config.resources, possible, temporary_root))
+            cluster = ray_scope.enter_context(connect(self.config.resources, self._possible_sizes, temporary_root))
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
             if address:
@@ -140,7 +149,7 @@ class AttemptController:
     def _check_cluster(self, cluster: Cluster) -> None:
         """Preflight: what only the cluster can tell."""
         self._stop_if_asked()
-        self.config = at_world_size(self.config, preflight.check_capacity(self.config, cluster))
+        self._first_size = preflight.check_capacity(self.config, cluster)
         preflight.check_quantization(self.config, cluster.device)
         preflight.check_storage(self.config, self.run)
         self._stop_if_asked()
@@ -251,17 +260,43 @@ class AttemptController:
         incarnation = 1
         progress_at_failure = checkpoint.step if checkpoint else 0
         while True:
-            outcome = self._train_once(recorder, cluster, prepared, checkpoint, incarnation)
-            newest = CheckpointStore(self.run.checkpoints).newest_step()
-            decision = self.policy.decide(outcome, has_progressed=newest > progress_at_failure)
-            if not decision.try_again:
-                message = f"{outcome.message} ({decision.reason})" if decision.reason else outcome.message
-                return replace(outcome, message=message, retries=self._retries)
-            self._note_failure(recorder, outcome, incarnation, decision)
-            self._pause(decision.pause_s)
+            config = at_world_size(self.config, self._wait_for_room(cluster))
+            outcome = self._train_once(config, recorder, cluster, prepared, checkpoint, incarnation)
+            if outcome is not None:
+                newest = CheckpointStore(self.run.checkpoints).newest_step()
+                decision = self.policy.decide(outcome, has_progressed=newest > progress_at_failure)
+                if not decision.try_again:
+                    message = f"{outcome.message} ({decision.reason})" if decision.reason else outcome.message
+                    return replace(outcome, message=message, retries=self._retries)
+                self._note_failure(recorder, outcome, incarnation, decision)
+                self._pause(decision.pause_s)
+                progress_at_failure = newest
             checkpoint = self._checkpoint_to_continue()
-            progress_at_failure = newest
             incarnation += 1
+
+    def _wait_for_room(self, cluster: Cluster) -> int:
+        """The number of workers for the next incarnation: of the possible ones, the largest that there is room for."""
+        if cluster.watch is None:
+            return self._first_size
+        deadline = time.monotonic() + self.config.recovery.start_timeout_s
+        least, has_said = self._possible_sizes[0], False
+        while True:
+            self._stop_if_asked()
+            cluster.require_alive()
+            room = 0
+            with suppress(InfrastructureError):  # a silent head is the watch's affair
+                room = places(living_nodes(), cluster.device, cluster.cpus_per_worker)
+            if (size := choose_world_size(self._possible_sizes, room)) is not None:
+                return size
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    f"the nodes of the cluster have room for {room} workers, and {least} are needed; waited "
+                    f"{self.config.recovery.start_timeout_s:g} s (recovery.start_timeout_s)"
+                )
+            if not has_said:
+                has_said = True
+                self.progress.say(f"waiting for nodes: there is room for {room} workers, and {least} are needed")
+            time.sleep(_POLL_INTERVAL_S)
 
     def _note_failure(self, recorder: Recorder, outcome: Outcome, incarnation: int, decision: Decision) -> None:
         """Say, and write down, what has failed and that it is tried again."""
@@ -292,8 +327,16 @@ class AttemptController:
             time.sleep(min(left_s, _POLL_INTERVAL_S))
 
     def _train_once(
-        self, recorder: Recorder, cluster: Cluster, prepared: Prepared, checkpoint: Checkpoint | None, number: int
-    ) -> Outcome:
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        cluster: Cluster,
+        prepared: Prepared,
+        checkpoint: Checkpoint | None,
+        number: int,
+    ) -> Outcome | None:
+        """One incarnation, with the number of workers that `config` has. None: it has stopped for one of another
+        size."""
         import ray
 
         step = checkpoint.step if checkpoint else 0
@@ -304,7 +347,9 @@ class AttemptController:
         recorder.restored(step, number)
         self._phases = self._phases or [phase_ended("begin", number)]
         recorder.record(self._phases)
-        self.progress.phase("workers", f"starting {self.config.resources.world_size} workers on {cluster.device}")
+        num_workers = config.resources.world_size
+        recorder.set_tags({"distlm.world_size": str(num_workers)})
+        self.progress.phase("workers", f"starting {num_workers} workers on {cluster.device}")
         self.progress.training(step, prepared.total_steps, cluster.device)
         mailbox = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=on_this_node())(RecorderMailbox).remote()
         arguments = WorkerArguments(
@@ -312,7 +357,7 @@ class AttemptController:
             attempt_path=str(self.folder.path),
             incarnation=number,
             device=cluster.device,
-            num_workers=self.config.resources.world_size,
+            num_workers=num_workers,
             cpus_per_worker=cluster.cpus_per_worker,
             checkpoint=str(checkpoint.path) if checkpoint else None,
             checkpoint_step=step,
@@ -320,17 +365,20 @@ class AttemptController:
         )
         self._stop_if_asked()
         self._workers, self._watchdog = {}, Watchdog(self.config.recovery)
-        self._is_training = self._has_passed_on_stop = False
-        incarnation = Incarnation(self.config, cluster, self.folder, arguments)
+        self._is_training = self._has_passed_on_stop = self._resizing = False
+        self._stopped_after_step = self._grows_since_s = None
+        incarnation = Incarnation(config, cluster, self.folder, arguments)
         ended: Outcome | None = None
         while incarnation.is_alive():
             self._pass_on_stop(mailbox)
             self._check_tracker(recorder)
             self._provenance.record(recorder)
             cluster.require_alive()
+            if cluster.watch:
+                self._follow_nodes(cluster, cluster.watch, mailbox, num_workers)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
-            ended = ended or self._end_if_hung()
+            ended = ended or self._end_if_hung() or self._end_if_a_node_is_gone(cluster)
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
         self._record(recorder, mailbox)
         while self._asked_for and time.monotonic() < deadline:
@@ -339,20 +387,55 @@ class AttemptController:
         ray.kill(mailbox)  # whatever may be left of the workers commits nothing any more
         outcome = ended or incarnation.outcome(self.failures)
         if outcome.exit_code == ExitCode.SUCCEEDED and self._stopped_after_step is not None:
+            if self._resizing and not self.stop.is_asked:
+                return None
             return Outcome.of(self.stop.error(f"stopped after step {self._stopped_after_step}, which is saved"))
         if outcome.exit_code != ExitCode.SUCCEEDED:
-            remove_placement_groups({worker["placement_group_id"] for worker in self._workers.values()})
+            remove_placement_groups({worker.placement_group_id for worker in self._workers.values()})
         step_of_failure = outcome.step if outcome.step is not None else self._watchdog.step
-        return replace(outcome, advice=advice(outcome.cause, self.config), step=step_of_failure)
+        return replace(outcome, advice=advice(outcome.cause, config), step=step_of_failure)
+
+    def _follow_nodes(self, cluster: Cluster, watch: ClusterWatch, mailbox: Any, num_workers: int) -> None:
+        """Have the workers save and stop where more could go on, or where some are on a node that is about to leave;
+        without room for any others, the attempt is preempted."""
+        if not self._is_training or self._has_passed_on_stop or self.stop.is_asked or not watch.nodes:
+            return
+        ours = {worker.node_id for worker in self._workers.values()}
+        leaving = [node for node in watch.nodes if node.is_draining and node.id in ours]
+        size = choose_world_size(self._possible_sizes, places(watch.nodes, cluster.device, cluster.cpus_per_worker))
+        if leaving and size is None:
+            self.stop.preempted(f"Ray drains {leaving[0].host}, and there is no room elsewhere")
+            return
+        if not leaving and (size is None or size <= num_workers):
+            self._grows_since_s = None
+            return
+        now_s = time.monotonic()
+        self._grows_since_s = self._grows_since_s or now_s
+        if leaving or now_s - self._grows_since_s >= _SETTLING_S:
+            why = f"Ray drains {leaving[0].host}" if leaving else "nodes have come"
+            self._has_passed_on_stop = self._resizing = True
+            mailbox.want_stop.remote()
+            self.progress.say(f"{why}: the workers save, and {size} go on in place of {num_workers}")
 
     def _end_if_hung(self) -> Outcome | None:
         """Kill the workers if they do not go on; who of them does not, and where it is."""
         if not (complaint := self._watchdog.complaint()) or not self._workers:
             return None
         self.progress.say(f"warning: {complaint}; looking for the worker that hangs")
-        names = ("rank", "pid", "host", "node_id")
-        workers = [WorkerProcess(**{name: worker[name] for name in names}) for worker in self._workers.values()]
-        return end_hung_workers(sorted(workers, key=lambda worker: worker.rank), self.folder, complaint)
+        return end_hung_workers(self._sorted_workers(), self.folder, complaint)
+
+    def _end_if_a_node_is_gone(self, cluster: Cluster) -> Outcome | None:
+        """Kill the workers that are left where others have gone with their node: no connection may tell them."""
+        workers = self._sorted_workers()
+        lost = [worker for worker in workers if cluster.watch and cluster.watch.is_gone(worker.node_id)]
+        if not lost:
+            return None
+        end_workers([worker for worker in workers if worker not in lost], self.folder)
+        first, message = lost[0], "the worker's node does not answer any more"
+        return Outcome(ExitCode.INFRASTRUCTURE, message, first.rank, first.host, cause=Cause.NODE_LOST)
+
+    def _sorted_workers(self) -> list[WorkerProcess]:
+        return sorted(self._workers.values(), key=lambda worker: worker.rank)
 
     def _record(self, recorder: Recorder, mailbox: Any) -> None:
         """Move what the workers reported to the files and the screen."""
@@ -378,7 +461,7 @@ class AttemptController:
             if message["kind"] == "failure":
                 self.failures.append(message)
             elif message["kind"] == "placed":
-                self._workers[message["rank"]] = message
+                self._workers[message["rank"]] = WorkerProcess.of(message)
             elif message["kind"] == "metrics":
                 self.progress.metrics(message["step"], message["values"])
             elif message.get("event") == "warning":
@@ -425,7 +508,6 @@ class AttemptController:
                 "distlm.attempt": str(self.folder.number),
                 "distlm.target": attempt.target,
                 "distlm.device": cluster.device,
-                "distlm.world_size": str(config.resources.world_size),
                 "distlm.zero_stage": str(config.deepspeed.zero_stage),
                 "distlm.overrides": " ".join([*attempt.overrides]),
                 "distlm.run_folder": str(self.run.path),

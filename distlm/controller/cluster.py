@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from distlm.config.schema import ResourcesConfig
 from distlm.controller.capacity import choose_world_size
+from distlm.controller.cluster_watch import ClusterWatch
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes
@@ -25,7 +27,13 @@ _HELPER_CPUS = 1  # for the tasks that prepare and export
 _RAY_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # Workers are asked for where there is room for them: who waits longer has seen a node that is gone by now, or waits
+    # for others' use of it to end, and asks anew.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # A worker process that does not answer; our own watchdog is earlier, unless its host is gone.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    # Nodes that are drained are looked for by our own loop, which knows how to go on without them.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,9 +54,13 @@ class Cluster:
     """Ray's own logs, where they vanish with the cluster; None: they stay on the cluster."""
     processes: Sequence[psutil.Process] = ()
     """Those of Ray that it cannot do without, where they were started here."""
+    watch: ClusterWatch | None = None
+    """Of a cluster that was joined, whose nodes come and go."""
 
     def require_alive(self) -> None:
-        """Raises RayLostError where a process has ended that Ray cannot do without."""
+        """Raises RayLostError where Ray has lost what it cannot do without."""
+        if self.watch:
+            self.watch.require_head()
         for process in self.processes:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 raise RayLostError(f"Ray's {process.name()} has ended (killed or crashed)")
@@ -90,6 +102,7 @@ def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
             ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
+    watch = ClusterWatch()
     try:
         total = ray.cluster_resources()
         device = resources.device
@@ -99,8 +112,9 @@ def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
             share = 1
         else:
             share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
-        yield Cluster(device, resources.cpus_per_worker or share)
+        yield Cluster(device, resources.cpus_per_worker or share, watch=watch)
     finally:
+        watch.close()
         ray.shutdown()
 
 
@@ -114,8 +128,6 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # Ray's default of 15 lets every other process here starve the workers; those of torchrun have 0.
             "RAY_worker_niceness": "0",
-            # Nobody drains the one node of a Ray that ends with this run; watching for it is a process of its own.
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
     )
     import ray

@@ -10,8 +10,9 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from distlm.errors import Cause, ExitCode
 from distlm.outcome import Follower, Outcome
@@ -43,6 +44,12 @@ class WorkerProcess:
     host: str
     node_id: str
     """Ray's."""
+    placement_group_id: str = ""
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Self:
+        """From what a worker tells when it has been placed."""
+        return cls(**{field.name: message[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Sight:
 
 def end_hung_workers(workers: Sequence[WorkerProcess], attempt: AttemptFolder, complaint: str) -> Outcome:
     """Kill all workers, and say which one the others were waiting for: `complaint` says since when."""
-    sights = _look_at_all(workers, attempt)
+    sights = end_workers(workers, attempt)
     elsewhere = [worker for worker in workers if not sights[worker.rank].waits_for_others]
     # One that is stopped, or whose host is silent, cannot go on; others may be in the middle of something.
     stuck = [worker for worker in elsewhere if not sights[worker.rank].stack or sights[worker.rank].state in _STATES]
@@ -101,8 +108,8 @@ def end_hung_workers(workers: Sequence[WorkerProcess], attempt: AttemptFolder, c
     )
 
 
-def _look_at_all(workers: Sequence[WorkerProcess], attempt: AttemptFolder) -> dict[int, Sight]:
-    """By rank; on other hosts by a task of Ray's there."""
+def end_workers(workers: Sequence[WorkerProcess], attempt: AttemptFolder) -> dict[int, Sight]:
+    """Kill all workers, after a look at what each was doing; by rank. On other hosts a task of Ray's does it there."""
     import ray
 
     of_nodes: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)

@@ -37,6 +37,11 @@ class StopRequest:
         self._note("the distlm command was killed", is_cancelled=False)
         self._count.value = max(1, self._count.value)
 
+    def preempted(self, reason: str) -> None:
+        """What the attempt runs on is about to be taken away."""
+        self._note(reason, is_cancelled=False)
+        self._count.value = max(1, self._count.value)
+
     def out_of_time(self) -> None:
         self._is_out_of_time = True
 

@@ -24,7 +24,6 @@ from distlm.config.load import load_tree, parse_yaml
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.controller.__main__ import write_result
-from distlm.controller.policy import Outcome
 from distlm.errors import (
     Cancelled,
     CheckpointError,
@@ -37,6 +36,7 @@ from distlm.errors import (
     TrainingError,
 )
 from distlm.metrics_file import encode_line
+from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 from distlm.tracking.records import Record
 from distlm.verify_resume import command

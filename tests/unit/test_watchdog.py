@@ -145,7 +145,7 @@ WORKERS = [WorkerProcess(rank, 100 + rank, f"host{rank}", f"node{rank}") for ran
 def test_the_one_that_the_others_wait_for_is_named(
     sights: list[Sight], rank: int | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hang, "_look_at_all", lambda workers, attempt: dict(enumerate(sights)))
+    monkeypatch.setattr(hang, "end_workers", lambda workers, attempt: dict(enumerate(sights)))
     outcome = end_hung_workers(WORKERS, AttemptFolder(tmp_path), "no progress for 31 s")
     assert (outcome.rank, outcome.cause) == (rank, Cause.HANG)
     assert message in outcome.message and "no progress for 31 s" in outcome.message
