@@ -643,6 +643,8 @@ def _prepare_task(run_path: str, attempt_path: str) -> Prepared:
 
     run, folder = RunFolder(Path(run_path)), AttemptFolder(Path(attempt_path))
     redirect_output(folder.logs / "prepare.log")
+    with suppress(OSError):  # a process of a cluster begins elsewhere; what is missing there is named by who needs it
+        os.chdir(Attempt.read(folder).working_directory)
     told_at_s = -math.inf
 
     def report(progress: PreparationProgress) -> None:
