@@ -11,19 +11,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fabricated import give_format_version, write
 
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.config.load import load_tree
+from distlm.config.schema import RecoveryConfig
 from distlm.controller.__main__ import main
 from distlm.controller.attempt import AttemptController, checkpoint_to_continue
-from distlm.controller.policy import StopAtFirstFailure
 from distlm.controller.preflight import check_free_space
 from distlm.controller.progress import Progress
 from distlm.controller.stop import StopRequest, stop_with_command
+from distlm.controller.watchdog import Watchdog
 from distlm.errors import Cancelled, Cause, CheckpointError, ExitCode, InputError, Preempted, UnknownFormatError
 from distlm.leftovers import clear_leftovers
 from distlm.outcome import Follower, Outcome, write_result
@@ -39,11 +40,6 @@ from distlm.run_folder import (
 )
 from distlm.stop_count import StopCount
 from distlm.view.plain import PlainView
-
-
-@pytest.mark.parametrize("code", list(ExitCode))
-def test_the_first_policy_never_trains_again(code: ExitCode) -> None:
-    assert not StopAtFirstFailure().decide(Outcome(code), 1).train_again
 
 
 def make_run(tmp_path: Path) -> tuple[RunFolder, AttemptFolder]:
@@ -262,17 +258,25 @@ def test_messages_that_come_late_are_not_lost(monkeypatch: pytest.MonkeyPatch) -
 
         def remote(self) -> list[dict[str, Any]]:
             self.calls += 1
-            return [{"kind": "failure", "message": f"answer {self.calls}"}]
+            pulse = {"kind": "pulse", "activity": "training", "step": self.calls, "longest_s": None}
+            return [{"kind": "failure", "message": f"answer {self.calls}"}, pulse, {"kind": "saving", "step": 7}]
+
+    class Confirm:
+        steps: ClassVar[list[int]] = []
+
+        def remote(self, step: int) -> None:
+            self.steps.append(step)
 
     class Mailbox:
-        drain = Drain()
+        drain, confirm = Drain(), Confirm()
 
     class Recorded:
         def __init__(self) -> None:
             self.messages: list[dict[str, Any]] = []
 
-        def record(self, messages: list[dict[str, Any]]) -> None:
+        def record(self, messages: list[dict[str, Any]], durably: bool) -> bool:
             self.messages += messages
+            return durably
 
     late = iter([True, True, False, False])
 
@@ -284,8 +288,11 @@ def test_messages_that_come_late_are_not_lost(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ray, "get", get)
     controller = AttemptController.__new__(AttemptController)
     controller.failures, controller._asked_for = [], None
+    controller._watchdog = Watchdog(RecoveryConfig())
     recorded: Any = Recorded()
     for _ in range(4):
         controller._record(recorded, Mailbox())
     assert [message["message"] for message in recorded.messages] == ["answer 1", "answer 2"]
     assert controller.failures == recorded.messages and controller._asked_for is None
+    assert Confirm.steps == [7, 7], "a save is confirmed when all that came before it is in the file"
+    assert controller._watchdog.step == 2

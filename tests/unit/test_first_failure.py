@@ -37,7 +37,7 @@ def failure(rank: int, message: str, timestamp_ms: int, **fields: Any) -> dict[s
     return {
         "kind": "failure", "rank": rank, "host": f"node{rank}", "incarnation": 1, "timestamp_ms": timestamp_ms,
         "type": "RuntimeError", "message": message, "details": "trace", "exit_code": 1, "expected": False,
-        "cause": "code", "place": "a.py:3 in f",
+        "cause": "code", "place": "a.py:3 in f", "step": 7,
     } | fields  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def test_the_cause_is_named_and_not_the_ranks_that_followed() -> None:
     )
     assert (outcome.rank, outcome.host, outcome.exit_code, outcome.cause) == (1, "node1", ExitCode.FAILED, Cause.CODE)
     assert (outcome.message, outcome.place) == ("RuntimeError: index 7 is out of range", "a.py:3 in f")
+    assert outcome.step == 7 and outcome.may_be_tried_again
     assert [(follower.rank, follower.is_same) for follower in outcome.followers] == [(0, False), (2, False)]
     assert outcome.followers[0].message == "RuntimeError: Read error [10.0.0.1]:3: Connection closed by peer."
 

@@ -163,9 +163,10 @@ def test_a_process_is_asked_for_its_stack_and_killed(is_stopped: bool, tmp_path:
     (package / "entry.py").write_text(
         "import faulthandler, re, sys\n"
         "from distlm.worker.entry import STACK_SIGNAL\n"
-        "def hang_in_one_call(): re.match(r'(a|aa)+$', 'a' * 60 + 'b')\n"  # takes for ever, with the lock held
+        "def hang_in_one_call():\n"
+        "    print('ready', flush=True)\n"
+        "    re.match(r'(a|aa)+$', 'a' * 60 + 'b')\n"  # takes for ever, with the lock held
         "faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)\n"
-        "print('ready', flush=True)\n"
         "hang_in_one_call()\n"
     )
     log = tmp_path / "rank-00000.log"
