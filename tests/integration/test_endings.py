@@ -43,7 +43,8 @@ from distlm.errors import ExitCode
 from distlm.run_folder import RunFolder, read_json
 from distlm.tracking.records import read_lines
 
-ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null")
+FATAL = "recovery.max_retries=0"
+ENDLESS = ("training.max_steps=1000000", "training.eval_steps=null", FATAL)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ class TestFailures:
         broken = np.where(np.arange(MAX_SEQ_LENGTH) % (MAX_SEQ_LENGTH - 1) == 0, sample, 60_000).astype(np.uint16)
         path.write_bytes(content.replace(sample.tobytes(), broken.tobytes()))
         try:
-            command = place.start("submit", "run.yaml", *ENDLESS)
+            command = place.start("submit", "run.yaml", *ENDLESS, "recovery.max_retries=9")
             command.wait()
         finally:
             path.write_bytes(content)
@@ -129,6 +130,7 @@ class TestFailures:
         first, *others = command.err.splitlines()
         assert f"failed on rank 1 ({result['host']}): code: IndexError: index out of range in self (" in first
         assert result["place"].endswith(" in embedding") and result["place"] in first
+        assert "the same in step 2 twice" in first and [retry["step"] for retry in result["retries"]] == [2]
         assert "rank-00001.log" in first and "IndexError" in Path(result["log"]).read_text()
         assert others[0].startswith("distlm:   rank 0 only followed: ")  # it may have had no time to say more
         assert "when that is mended, resume with" in others[1]
@@ -375,7 +377,7 @@ class TestKilled:
 
     def test_the_controller_while_it_prepares(self, place: Place) -> None:
         """Before anything is recorded: no MLflow run is made only to be ended."""
-        command = place.start("submit", "run.yaml")
+        command = place.start("submit", "run.yaml", FATAL)
         command.wait_for("preparing data")
         command.controller.kill()
         assert command.wait(END_TIMEOUT_S) == ExitCode.INFRASTRUCTURE, (command.out, command.err)
