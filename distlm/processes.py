@@ -73,12 +73,25 @@ def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> No
     import psutil
 
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
-    for process in alive:
+    kill_processes(alive, timeout_s)
+
+
+def kill_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
+    """Kill processes, and wait until they are gone."""
+    import psutil
+
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(alive, timeout=timeout_s)
+    psutil.wait_procs(processes, timeout=timeout_s)
+
+
+def ignore_signal(number: int) -> None:
+    """As `signal.signal` does, which only the main thread may call."""
+    ignore = ctypes.c_void_p(1)  # SIG_IGN of signal.h
+    ctypes.CDLL(None).signal(number, ignore)
 
 
 class OomKills:

@@ -403,6 +403,12 @@ class ResourcesConfig(Section):
     """What a worker computes on; auto: GPUs where there are any."""
     cpus_per_worker: PositiveInt | None = None
     """CPU cores (and threads) per worker; null: an equal share of the machine's cores."""
+    time_limit_s: PositiveFloat | None = None
+    """The attempt ends by itself before it has lasted that many seconds, in time to be saved, as preempted (exit code
+    75); null: no limit. Counted from the start of the controller, which is later than that of a batch job."""
+    time_to_save_s: PositiveFloat = 60.0
+    """How many seconds before `time_limit_s` the workers are asked to finish their step and save. What is not saved at
+    the limit is lost, and the newest checkpoint is continued."""
 
 
 class TrackingConfig(Section):

@@ -230,7 +230,7 @@ class AttemptController:
         if not self._has_passed_on_stop:
             self._has_passed_on_stop = True
             mailbox.want_stop.remote()
-            self.progress.stopping("the workers finish their step and save it")
+            self.progress.stopping(f"stopping: the workers finish their step and save it ({self.stop.reason})")
 
     # --- training ----------------------------------------------------------------------------------------------------
 

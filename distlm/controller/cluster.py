@@ -16,7 +16,8 @@ import psutil
 from distlm.config.schema import ResourcesConfig
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
-from distlm.processes import descendants, end_processes
+from distlm.processes import descendants, kill_processes
+from distlm.stop_count import signals_held
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
 _HELPER_CPUS = 1  # for the tasks that prepare and export
@@ -116,7 +117,9 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // resources.num_workers)
     others = psutil.Process().children(recursive=True)
     try:
-        with _own_signal_handlers():
+        # What is sent to all processes of a run must not end its workers, nor the Ray that they need, before they have
+        # saved. Ray's processes keep what is blocked while they start; its handlers for SIGTERM would end them at once.
+        with _own_signal_handlers(), signals_held():
             ray.init(
                 num_cpus=resources.num_workers * cpus_per_worker,
                 num_gpus=gpus,
@@ -139,11 +142,14 @@ def _stop_ray(others: list[psutil.Process]) -> None:
     """End Ray and all that it has started: every child of the controller but `others`, which were there before, and
     what those have started."""
     import ray
+    from ray._private import worker
 
     kept = {*others, *(child for process in others if process.is_running() for child in descendants(process))}
     processes = [process for process in descendants(psutil.Process()) if process not in kept]
+    if (node := worker._global_node) is not None:
+        node.kill_all_processes = lambda **_: None  # by SIGTERM, which they do not get: a second for each
     ray.shutdown()
-    end_processes(processes)
+    kill_processes(processes)
 
 
 def _count_gpus_with_torch() -> int:
