@@ -57,12 +57,12 @@ def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-def descendants(process: psutil.Process) -> list[psutil.Process]:
-    """Those of a process that may have ended by now."""
+def descendants(process: psutil.Process, *, recursive: bool = True) -> list[psutil.Process]:
+    """Those of a process that may have ended by now; not recursive: its children alone."""
     import psutil
 
     try:
-        found: list[psutil.Process] = process.children(recursive=True)
+        found: list[psutil.Process] = process.children(recursive=recursive)
     except psutil.NoSuchProcess:
         return []
     return found

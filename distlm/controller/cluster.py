@@ -16,7 +16,7 @@ import psutil
 from distlm.config.schema import ResourcesConfig
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError
-from distlm.processes import descendants, kill_processes
+from distlm.processes import descendants, end_processes, kill_processes
 from distlm.stop_count import signals_held
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
@@ -146,10 +146,13 @@ def _stop_ray(others: list[psutil.Process]) -> None:
 
     kept = {*others, *(child for process in others if process.is_running() for child in descendants(process))}
     processes = [process for process in descendants(psutil.Process()) if process not in kept]
+    daemons = [process for process in descendants(psutil.Process(), recursive=False) if process not in kept]
+    workers = [process for daemon in daemons for process in descendants(daemon, recursive=False)]
     if (node := worker._global_node) is not None:
         node.kill_all_processes = lambda **_: None  # by SIGTERM, which they do not get: a second for each
     ray.shutdown()
-    kill_processes(processes)
+    kill_processes([*daemons, *workers])
+    end_processes(processes)  # what workers have started ends by itself, and a resource tracker cleans up before
 
 
 def _count_gpus_with_torch() -> int:
