@@ -55,15 +55,17 @@ class StopCount:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._first_s = 0.0
+        self._first_s: float | None = None
         self.value = 0
 
     def add(self, number: int) -> bool:
         """A signal has come; whether it counts. Safe in a signal handler."""
         now_s = self._clock()
-        if self.value == 0:
+        # The first signal may tell what the controller knows from elsewhere, such as a time limit that both have.
+        is_same = self._first_s is None or now_s - self._first_s < _SAME_EVENT_S
+        if self._first_s is None:
             self._first_s = now_s
-        elif number == signal.SIGHUP or (number in _ANNOUNCEMENTS and now_s - self._first_s < _SAME_EVENT_S):
+        if self.value > 0 and (number == signal.SIGHUP or (number in _ANNOUNCEMENTS and is_same)):
             return False
         self.value += 1
         return True

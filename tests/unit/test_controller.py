@@ -279,6 +279,15 @@ def test_a_request_to_cancel_in_the_folder_of_the_attempt_is_seen(tmp_path: Path
     assert type(stop.error("x")) is Cancelled and str(stop.error("x")) == "x (distlm cancel)"
 
 
+def test_a_signal_that_tells_what_the_time_limit_told_lets_the_save_go_on() -> None:
+    now_s, stop = 0.0, StopRequest()
+    stop._count = StopCount(lambda: now_s)
+    stop.announced("resources.time_limit_s = 600")
+    for now_s, count in ((7.0, 1), (7.5, 1), (9.0, 2)):
+        stop.signalled(signal.SIGTERM)
+        assert stop.num_requests == count, now_s
+
+
 def test_the_end_is_announced_once_however_often() -> None:
     stop = StopRequest()
     stop.signalled(signal.SIGINT)
