@@ -36,11 +36,14 @@ _EXAMPLES = {
   distlm submit run:last
 
 Ctrl-C finishes the step, saves a checkpoint and says how to resume; a second
-one stops now. kill (SIGTERM) does what one Ctrl-C does, with exit code 75.""",
+one stops now. SIGTERM and SIGUSR2 do what one Ctrl-C does, with exit code 75.""",
     "resume": """
   distlm resume last
   distlm resume 20260131-23 training.max_steps=20000
   distlm resume last resources.num_workers=4 deepspeed.zero_stage=3""",
+    "cancel": """
+  distlm cancel last
+  distlm cancel 20260131-23 --checkpoint""",
     "validate": """
   distlm validate configs/pretrain.yaml
   distlm validate configs/pretrain.yaml 'data.train.0.paths=["corpus/*.txt"]'""",
@@ -94,6 +97,10 @@ _CHECKPOINTS_EPILOG = """states:
 
 exit codes: 0 none is damaged or unknown (or there are none); 2 bad input;
 3 some are"""
+
+_CANCEL_EPILOG = """exit codes: 0 it has ended as asked, had ended before, or succeeded meanwhile;
+2 bad input; 3 it has not ended within the time, or it is lost; else that of
+its end, for example because it could not save"""
 
 _COMPLETION_EPILOG = """to have it in every new shell:
   bash   echo 'eval "$(distlm completion bash)"' >> ~/.bashrc
@@ -166,6 +173,25 @@ def _parser() -> argparse.ArgumentParser:
         _add_overrides(verb)
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
         verb.add_argument("--json", action="store_true", help="print events for programs, one line of JSON each")
+
+    cancel = verbs.add_parser(
+        "cancel",
+        help="end a running run, with --checkpoint saved",
+        description="End a run from any terminal or host that sees its folder, and wait until it has ended. Without "
+        "--checkpoint it ends at once, cancelled (130), and what is newer than its last checkpoint is lost.",
+        epilog=_CANCEL_EPILOG,
+    )
+    _add_run(cancel)
+    cancel.add_argument(
+        "--checkpoint", action="store_true", help="finish the step and save; the run ends preempted (75)"
+    )
+    cancel.add_argument(
+        "--timeout", type=_count, default=120, metavar="SECONDS",
+        help="how long to wait for the end; the request stands in any case (default: 120)",
+    )  # fmt: skip
+    cancel.add_argument("--json", action="store_true", help="print an object for programs")
+    _add_runs_dir(cancel)
+    cancel.set_defaults(verb=_later("cancel", "cancel"))
 
     validate = verbs.add_parser(
         "validate",

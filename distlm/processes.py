@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import psutil
 
 _LATELY_S = 30.0
+_LOOK_INTERVAL_S = 0.02
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
@@ -57,12 +58,12 @@ def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-def descendants(process: psutil.Process) -> list[psutil.Process]:
-    """Those of a process that may have ended by now."""
+def descendants(process: psutil.Process, *, recursive: bool = True) -> list[psutil.Process]:
+    """Those of a process that may have ended by now; not recursive: its children alone."""
     import psutil
 
     try:
-        found: list[psutil.Process] = process.children(recursive=True)
+        found: list[psutil.Process] = process.children(recursive=recursive)
     except psutil.NoSuchProcess:
         return []
     return found
@@ -70,15 +71,43 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
 
 def end_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
     """Wait for processes that are about to end, and kill those that do not."""
+    kill_processes(_wait(processes, timeout_s), timeout_s)
+
+
+def kill_processes(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
+    """Kill processes, and wait until they are gone."""
     import psutil
 
-    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
-    for process in alive:
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(alive, timeout=timeout_s)
+    _wait(processes, timeout_s)
+
+
+def _wait(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that have not ended within the time. What waits for its parent to collect it has ended."""
+    import psutil
+
+    def has_ended(process: psutil.Process) -> bool:
+        try:
+            return bool(process.status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        _, alive = psutil.wait_procs(processes, timeout=0)  # collects children of this process
+        if not (alive := [process for process in alive if not has_ended(process)]) or time.monotonic() >= deadline:
+            return alive
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+def ignore_signal(number: int) -> None:
+    """As `signal.signal` does, which only the main thread may call."""
+    ignore = ctypes.c_void_p(1)  # SIG_IGN of signal.h
+    ctypes.CDLL(None).signal(number, ignore)
 
 
 class OomKills:

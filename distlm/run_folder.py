@@ -9,8 +9,8 @@
         init/                     initial weights, tokenizer and what was prepared once for the run
         checkpoints/step-00000100/
         model/                    the trained model in Hugging Face format
-        attempts/001/             attempt.yaml, handle.json, result.json, metrics.jsonl, logs/, and with what it ran:
-                                  code/, environment.txt, data.json
+        attempts/001/             attempt.yaml, handle.json, cancel.json, result.json, metrics.jsonl, logs/, and with
+                                  what it ran: code/, environment.txt, data.json
 
 Both planes meet here, so this module uses only the standard library and yaml.
 """
@@ -93,6 +93,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file exists that another host may have just made. NFS remembers for up to a minute that a name was not
+    there, unless its folder is opened anew."""
+    try:
+        return path in path.parent.iterdir()
+    except OSError:
+        return False
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes all text that YAML 1.2, in which users' configs are read, would take for a number, such as 1e5 or 08."""
 
@@ -138,6 +147,11 @@ class AttemptFolder:
     @property
     def handle_json(self) -> Path:
         return self.path / "handle.json"
+
+    @property
+    def cancel_json(self) -> Path:
+        """What `distlm cancel` asks of the controller: {"save": true}, or false to stop now."""
+        return self.path / "cancel.json"
 
     @property
     def result_json(self) -> Path:

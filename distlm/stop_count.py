@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""SIGUSR2 is what schedulers are told to send ahead of the end: libraries such as NCCL may take SIGUSR1."""
+
+_ANNOUNCEMENTS = (signal.SIGTERM, signal.SIGUSR2)
 
 _SAME_EVENT_S = 1.0
-"""Who closes a terminal, a session or a service sends SIGHUP and SIGTERM together, or one of them twice."""
+"""Who closes a terminal, a session or a service sends SIGHUP and SIGTERM together, or one of them twice; who signals
+all processes of a run reaches the controller twice, since the command passes on what it gets."""
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals that ask to stop wait until the block ends or lets them in; threads that it starts never get them."""
+    """Signals that ask to stop wait until the block ends or lets them in; threads and processes that it starts never
+    get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -29,8 +34,8 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """In the block SIGTERM, and the end of the terminal, do what Ctrl-C does; that one too where a shell script has put
-    the process into the background, and so had it ignored."""
+    """In the block SIGTERM, SIGUSR2 and the end of the terminal do what Ctrl-C does; that one too where a shell script
+    has put the process into the background, and so had it ignored."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -45,19 +50,22 @@ def interrupted_by_signals() -> Iterator[None]:
 
 
 class StopCount:
-    """Not every signal is a new request: only another Ctrl-C, or a SIGTERM that comes some time after the first one."""
+    """Not every signal is a new request: only another Ctrl-C, or a SIGTERM or SIGUSR2 that comes some time after the
+    first one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._first_s = 0.0
+        self._first_s: float | None = None
         self.value = 0
 
     def add(self, number: int) -> bool:
         """A signal has come; whether it counts. Safe in a signal handler."""
         now_s = self._clock()
-        if self.value == 0:
+        # The first signal may tell what the controller knows from elsewhere, such as a time limit that both have.
+        is_same = self._first_s is None or now_s - self._first_s < _SAME_EVENT_S
+        if self._first_s is None:
             self._first_s = now_s
-        elif number == signal.SIGHUP or (number == signal.SIGTERM and now_s - self._first_s < _SAME_EVENT_S):
+        if self.value > 0 and (number == signal.SIGHUP or (number in _ANNOUNCEMENTS and is_same)):
             return False
         self.value += 1
         return True

@@ -270,6 +270,13 @@ def contradictions(config: RunConfig, gpu_count: int | None = None) -> Iterator[
         yield Problem("this machine has no GPU; use auto or cpu", "resources.device")
     elif not on_cpu and gpu_count and min(possible_world_sizes(config), default=resources.min_workers) > gpu_count:
         yield Problem(f"this machine has {gpu_count} GPUs, and each worker needs one", "resources.num_workers")
+    if resources.time_limit_s is not None and resources.time_limit_s <= resources.time_to_save_s:
+        yield Problem(
+            f"nothing could be trained: the run is stopped resources.time_to_save_s = {resources.time_to_save_s:g} "
+            "before that; raise the limit, or lower the time to save",
+            "resources.time_limit_s",
+            f"{resources.time_limit_s:g}",
+        )
 
     if config.tokenizer.name_or_path and config.tokenizer.train:
         yield Problem("give tokenizer.name_or_path or tokenizer.train, not both", "tokenizer.name_or_path")

@@ -432,6 +432,12 @@ class ResourcesConfig(Section):
     cpus_per_worker: PositiveInt | None = None
     """CPU cores (and threads) per worker; null: an equal share of the cores of the machine or cluster, but 1 with GPUs
     of a cluster, and 1 in an elastic run on a cluster, whose cores come and go."""
+    time_limit_s: PositiveFloat | None = None
+    """The attempt ends by itself before it has lasted that many seconds, in time to be saved, as preempted (exit code
+    75); null: no limit. Counted from the start of the controller, which is later than that of a batch job."""
+    time_to_save_s: PositiveFloat = 60.0
+    """How many seconds before `time_limit_s` the workers are asked to finish their step and save. What is not saved at
+    the limit is lost, and the newest checkpoint is continued."""
 
     @property
     def min_workers(self) -> int:

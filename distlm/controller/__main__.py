@@ -22,7 +22,13 @@ from distlm.compile_caches import keep_compile_caches
 from distlm.config.attempt import Attempt
 from distlm.config.load import locate
 from distlm.controller.progress import Progress
-from distlm.controller.stop import StopRequest, stop_on_signals, stop_with_command
+from distlm.controller.stop import (
+    StopRequest,
+    stop_before_limit,
+    stop_on_cancel,
+    stop_on_signals,
+    stop_with_command,
+)
 from distlm.errors import Cause, DistlmError, ExitCode, InputError, Problem
 from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, write_result
@@ -45,6 +51,7 @@ def main(arguments: list[str]) -> int:
         return int(result["exit_code"])
     stop = StopRequest()
     stop_on_signals(stop)
+    stop_on_cancel(stop, folder)
     started = time.time()
     with _view(folder, stop) as view:
         try:
@@ -109,6 +116,7 @@ def _execute(run: RunFolder, folder: AttemptFolder, progress: Progress, stop: St
 
     keep_compile_caches(run)
     controller = AttemptController(run, folder, progress, stop)
+    stop_before_limit(stop, controller.config.resources)
     with nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root() as root:
         handle = {"host": socket.gethostname(), "pid": os.getpid(), "temporary_root": str(root or "")}
         write_json(folder.handle_json, handle)

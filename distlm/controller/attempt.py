@@ -249,7 +249,7 @@ class AttemptController:
         if not self._has_passed_on_stop:
             self._has_passed_on_stop = True
             mailbox.want_stop.remote()
-            self.progress.stopping("the workers finish their step and save it")
+            self.progress.stopping(f"stopping: the workers finish their step and save it ({self.stop.reason})")
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -404,7 +404,7 @@ class AttemptController:
         leaving = [node for node in watch.nodes if node.is_draining and node.id in ours]
         size = choose_world_size(self._possible_sizes, places(watch.nodes, cluster.device, cluster.cpus_per_worker))
         if leaving and size is None:
-            self.stop.preempted(f"Ray drains {leaving[0].host}, and there is no room elsewhere")
+            self.stop.announced(f"Ray drains {leaving[0].host}, and there is no room elsewhere")
             return
         if not leaving and (size is None or size <= num_workers):
             self._grows_since_s = None

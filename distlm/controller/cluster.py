@@ -18,7 +18,8 @@ from distlm.controller.capacity import choose_world_size
 from distlm.controller.cluster_watch import ClusterWatch
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
-from distlm.processes import descendants, end_processes
+from distlm.processes import descendants, end_processes, kill_processes
+from distlm.stop_count import signals_held
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
 _HELPER_CPUS = 1  # for the tasks that prepare and export
@@ -142,7 +143,9 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
     cpus_per_worker = resources.cpus_per_worker or max(1, cores // num_workers)
     others = psutil.Process().children(recursive=True)
     try:
-        with _own_signal_handlers():
+        # What is sent to all processes of a run must not end its workers, nor the Ray that they need, before they have
+        # saved. Ray's processes keep what is blocked while they start; its handlers for SIGTERM would end them at once.
+        with _own_signal_handlers(), signals_held():
             ray.init(
                 num_cpus=num_workers * cpus_per_worker,
                 num_gpus=gpus,
@@ -171,11 +174,17 @@ def _stop_ray(others: list[psutil.Process]) -> None:
     """End Ray and all that it has started: every child of the controller but `others`, which were there before, and
     what those have started."""
     import ray
+    from ray._private import worker
 
     kept = {*others, *(child for process in others if process.is_running() for child in descendants(process))}
     processes = [process for process in descendants(psutil.Process()) if process not in kept]
+    daemons = [process for process in descendants(psutil.Process(), recursive=False) if process not in kept]
+    workers = [process for daemon in daemons for process in descendants(daemon, recursive=False)]
+    if (node := worker._global_node) is not None:
+        node.kill_all_processes = lambda **_: None  # by SIGTERM, which they do not get: a second for each
     ray.shutdown()
-    end_processes(processes)
+    kill_processes([*daemons, *workers])
+    end_processes(processes)  # what workers have started ends by itself, and a resource tracker cleans up before
 
 
 def _count_gpus_with_torch() -> int:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import signal
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from distlm.errors import InfrastructureError
 from distlm.processes import end_with_parent
+from distlm.stop_count import signals_held
 
 
 class Helper(Protocol):
@@ -42,7 +43,11 @@ class LocalHelper:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="distlm-helper")
-        self._process.start()
+        # What asks to stop may be sent to every process of the run; the controller decides what ends, and when.
+        with signals_held():
+            resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM in, in this thread
+        with signals_held():
+            self._process.start()
         theirs.close()
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -107,8 +112,6 @@ class RemoteTraceback(Exception):
 
 
 def _serve(pipe: Connection) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole session; the controller decides what ends
-        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     while True:
         function, arguments = pipe.recv()

@@ -18,6 +18,7 @@ from typing import Any
 
 from distlm.devices import prepare_process_for_torch
 from distlm.errors import InfrastructureError
+from distlm.processes import ignore_signal
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
@@ -55,6 +56,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     """Ray Train's `train_loop_per_worker`. A failure is reported with its rank and host, and raised again."""
     import ray.train
 
+    ignore_signal(signal.SIGUSR2)  # it would kill the worker; in a Ray that the controller has started, it cannot come
     told = WorkerArguments(**arguments)
     place = ray.train.get_context()
     rank = place.get_world_rank()

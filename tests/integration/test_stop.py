@@ -19,8 +19,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return make_base(tmp_path_factory.mktemp("stop"))
 
 
-def train_until_asked_to_stop(training: Training, hearing_rank: int) -> tuple[Reports, list[int]]:
-    """Runs on every rank. One of them hears in the middle of the run that it should stop."""
+def train_until_asked_to_stop(training: Training, heard_in_step: dict[int, int]) -> tuple[Reports, list[int]]:
+    """Runs on every rank. Some hear in the middle of the run, each in its own step, that it should stop."""
     from accelerate.state import AcceleratorState
 
     from distlm.worker.train import WorkerContext, train
@@ -32,7 +32,7 @@ def train_until_asked_to_stop(training: Training, hearing_rank: int) -> tuple[Re
     def is_stop_wanted() -> bool:
         nonlocal asked
         asked += 1  # once in a step
-        return int(os.environ["RANK"]) == hearing_rank and asked >= STOP_IN_STEP
+        return asked >= heard_in_step.get(int(os.environ["RANK"]), STEPS + 1)
 
     def report(step: int, values: dict[str, float]) -> None:
         reports.append((step, values))
@@ -46,12 +46,19 @@ def train_until_asked_to_stop(training: Training, hearing_rank: int) -> tuple[Re
     return reports, stopped
 
 
-@pytest.mark.parametrize("hearing_rank", [0, 1])
-def test_all_stop_after_the_same_step_and_a_resume_trains_the_same_bits(base: Base, hearing_rank: int) -> None:
+@pytest.mark.parametrize(
+    "heard_in_step",
+    [{0: STOP_IN_STEP}, {1: STOP_IN_STEP}, {0: STOP_IN_STEP + 1, 1: STOP_IN_STEP}],
+    ids=["rank-0", "rank-1", "in-different-steps"],
+)
+def test_all_stop_after_the_same_step_and_a_resume_trains_the_same_bits(
+    base: Base, heard_in_step: dict[int, int], request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
     quiet = ("training.logging_steps=4", "training.save_steps=null")
-    straight = train_all(2, {"s": base.training(f"straight-{hearing_rank}", *quiet)})["s"]
-    stopped = base.training(f"stopped-{hearing_rank}", *quiet)
-    (reports, steps), (others, none) = run_on_ranks(train_until_asked_to_stop, 2, stopped, hearing_rank)
+    straight = train_all(2, {"s": base.training(f"straight-{name}", *quiet)})["s"]
+    stopped = base.training(f"stopped-{name}", *quiet)
+    (reports, steps), (others, none) = run_on_ranks(train_until_asked_to_stop, 2, stopped, heard_in_step)
     assert (steps, none, others) == ([STOP_IN_STEP], [], []), "rank 0 alone tells"
     assert [step for step, values in reports if "train/loss" in values] == [1, 4, STOP_IN_STEP]
     assert [one.step for one in CheckpointStore(stopped.run.checkpoints).checkpoints()] == [STOP_IN_STEP]
@@ -62,7 +69,7 @@ def test_all_stop_after_the_same_step_and_a_resume_trains_the_same_bits(base: Ba
 
 def test_a_wish_in_the_last_step_changes_nothing(base: Base) -> None:
     training = base.training("at-the-end", f"training.max_steps={STOP_IN_STEP}")
-    (reports, steps), _ = run_on_ranks(train_until_asked_to_stop, 2, training, 1)
+    (reports, steps), _ = run_on_ranks(train_until_asked_to_stop, 2, training, {1: STOP_IN_STEP})
     assert steps == []
     assert [step for step, values in reports if "eval/loss" in values][-1] == STOP_IN_STEP
 

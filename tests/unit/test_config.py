@@ -124,6 +124,12 @@ def test_a_wrong_key_or_value_is_named_with_its_line(
         (["training.mixed_precision=fp16"], "training.mixed_precision", "needs a GPU"),
         (["model.attn_implementation=flash_attention_2"], "model.attn_implementation", "needs a GPU"),
         (["resources.device=cuda"], "resources.device", "no GPU"),
+        (["resources.time_limit_s=60"], "resources.time_limit_s", "resources.time_to_save_s = 60 before that"),
+        (
+            ["resources.time_limit_s=9", "resources.time_to_save_s=10"],
+            "resources.time_limit_s",
+            "nothing could be trained",
+        ),
         (["data.max_seq_length=1024"], "data.max_seq_length", "max_position_embeddings = 512"),
         (["model.config.max_position_embeddings=32"], "data.max_seq_length", "max_position_embeddings = 32"),
         (["model.config.hidden_size=65"], "model.config.hidden_size", "no multiple"),

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,12 @@ from fabricated import give_format_version, write
 
 from distlm.checkpoint.store import MANIFEST_NAME, Checkpoint, CheckpointStore
 from distlm.config.load import load_tree
-from distlm.config.schema import RecoveryConfig
+from distlm.config.schema import RecoveryConfig, ResourcesConfig
 from distlm.controller.__main__ import main
 from distlm.controller.attempt import AttemptController, checkpoint_to_continue
 from distlm.controller.preflight import check_free_space
 from distlm.controller.progress import Progress
-from distlm.controller.stop import StopRequest, stop_with_command
+from distlm.controller.stop import StopRequest, stop_before_limit, stop_on_cancel, stop_with_command
 from distlm.controller.watchdog import Watchdog
 from distlm.errors import Cancelled, Cause, CheckpointError, ExitCode, InputError, Preempted, UnknownFormatError
 from distlm.leftovers import clear_leftovers
@@ -179,13 +180,16 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypat
         ([(0, signal.SIGINT)], Cancelled, 1),
         ([(0, signal.SIGTERM)], Preempted, 1),
         ([(0, signal.SIGHUP)], Preempted, 1),
+        ([(0, signal.SIGUSR2)], Preempted, 1),
         ([(0, signal.SIGINT), (0.2, signal.SIGINT)], Cancelled, 2),
         ([(0, signal.SIGTERM), (5, signal.SIGTERM)], Preempted, 2),
         ([(0, signal.SIGTERM), (5, signal.SIGINT)], Preempted, 2),
+        ([(0, signal.SIGUSR2), (60, signal.SIGTERM)], Preempted, 2),
         # One event each: a shell and then the kernel hang up; a service is stopped; a user presses Ctrl-C and leaves.
         ([(0, signal.SIGHUP), (0.0002, signal.SIGHUP)], Preempted, 1),
         ([(0, signal.SIGTERM), (0.01, signal.SIGHUP)], Preempted, 1),
         ([(0, signal.SIGHUP), (0.01, signal.SIGTERM)], Preempted, 1),
+        ([(0, signal.SIGUSR2), (0.01, signal.SIGUSR2)], Preempted, 1),  # sent to all, and passed on by the command
         ([(0, signal.SIGINT), (9, signal.SIGHUP), (9, signal.SIGHUP)], Cancelled, 1),
         ([(0, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGTERM)], Cancelled, 3),
     ],
@@ -219,6 +223,73 @@ def test_the_death_of_the_command_is_noticed_and_saves_once(unread: bytes, monke
     wait_until(lambda: stop.is_urgent)
     assert type(stop.error("x")) is Preempted
     theirs.close()
+
+
+def resources(limit_s: float | None, to_save_s: float) -> ResourcesConfig:
+    return ResourcesConfig(time_limit_s=limit_s, time_to_save_s=to_save_s)
+
+
+def test_the_time_limit_announces_the_end_and_then_is_it() -> None:
+    stop = StopRequest()
+    stop_before_limit(stop, resources(0.4, 0.2))
+    assert not stop.is_asked
+    wait_until(lambda: stop.is_asked)
+    assert 0.2 <= time.monotonic() - stop.started_s and str(stop.error("x")) == "x (resources.time_limit_s = 0.4)"
+    wait_until(lambda: stop.is_urgent)
+    assert 0.4 <= time.monotonic() - stop.started_s and stop.num_requests == 1
+    error = stop.error("stopped with step 7 saved")
+    assert type(error) is Preempted
+    assert str(error).startswith("stopped with step 7 saved (resources.time_limit_s = 0.4; the time limit was reached")
+    assert str(error).endswith("with resources.time_to_save_s)")
+
+
+def test_the_limit_counts_from_the_start_and_cuts_off_what_was_asked_before() -> None:
+    stop = StopRequest()
+    stop.started_s -= 100
+    stop.signalled(signal.SIGTERM)
+    stop_before_limit(stop, resources(100.0, 50.0))
+    wait_until(lambda: stop.is_urgent)
+    assert str(stop.error("x")).startswith("x (SIGTERM; the time limit was reached before more was saved;")
+
+
+@pytest.mark.parametrize("limit_s", [None, 1e300])
+def test_no_limit_or_one_that_never_comes(limit_s: float | None) -> None:
+    stop, before = StopRequest(), threading.active_count()
+    stop_before_limit(stop, resources(limit_s, 1.0))
+    assert threading.active_count() == before + (limit_s is not None) and not stop.is_asked
+
+
+def test_a_request_to_cancel_in_the_folder_of_the_attempt_is_seen(tmp_path: Path) -> None:
+    run, attempt = make_run(tmp_path)
+    write_json(attempt.cancel_json, {"save": False})
+    newer, stop = run.new_attempt(), StopRequest()
+    newer.cancel_json.write_text("{")  # damaged, or of a future distlm: nobody is asked by it
+    stop_on_cancel(stop, newer)
+    write_json(newer.cancel_json, {"save": True})
+    wait_until(lambda: stop.is_asked)
+    assert not stop.is_urgent and str(stop.error("x")) == "x (distlm cancel --checkpoint)"
+    assert type(stop.error("x")) is Preempted, "what an earlier attempt was asked is stale"
+    write_json(newer.cancel_json, {"save": False})
+    wait_until(lambda: stop.is_urgent)
+    assert type(stop.error("x")) is Cancelled and str(stop.error("x")) == "x (distlm cancel)"
+
+
+def test_a_signal_that_tells_what_the_time_limit_told_lets_the_save_go_on() -> None:
+    now_s, stop = 0.0, StopRequest()
+    stop._count = StopCount(lambda: now_s)
+    stop.announced("resources.time_limit_s = 600")
+    for now_s, count in ((7.0, 1), (7.5, 1), (9.0, 2)):
+        stop.signalled(signal.SIGTERM)
+        assert stop.num_requests == count, now_s
+
+
+def test_the_end_is_announced_once_however_often() -> None:
+    stop = StopRequest()
+    stop.signalled(signal.SIGINT)
+    for _ in range(3):
+        stop.announced("distlm cancel --checkpoint")
+    assert (stop.num_requests, stop.is_urgent) == (1, False)
+    assert type(stop.error("x")) is Cancelled
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

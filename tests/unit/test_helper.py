@@ -16,6 +16,7 @@ import pytest
 
 from distlm.controller.helper import LocalHelper
 from distlm.errors import InfrastructureError, InputError, Problem
+from distlm.stop_count import STOP_SIGNALS
 
 
 def refuse(message: str) -> None:
@@ -84,8 +85,12 @@ def test_errors_that_cannot_be_sent_or_would_end_the_controller_come_as_text(
 def test_signals_to_the_whole_session_are_left_to_the_controller() -> None:
     with closing(LocalHelper()) as helper:
         helper.begin(os.getpid)
-        pid = helper.result()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        pid = helper._process.pid
+        assert pid is not None
+        for number in STOP_SIGNALS:  # also before it has imported anything
+            os.kill(pid, number)
+        assert helper.result() == pid
+        for number in STOP_SIGNALS:
             os.kill(pid, number)
         helper.begin(os.getpid)
         assert helper.result() == pid

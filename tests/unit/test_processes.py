@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlm.processes import OomKills, count_oom_kills
+from distlm.processes import OomKills, count_oom_kills, end_processes, kill_processes
 from distlm.temporary import temporary_root
 
 # Starts a process before the block, and in it a child that leaves an orphan behind and is gone, as a killed controller.
@@ -40,6 +40,35 @@ def test_orphans_of_the_block_are_ended_and_what_was_there_before_is_not() -> No
     kept_pid, kept_code, orphan_pid = run.stdout.split()
     assert kept_code == "None" and int(kept_pid) > 0
     assert not psutil.pid_exists(int(orphan_pid))
+
+
+def test_who_is_killed_and_not_collected_by_its_parent_is_not_waited_for() -> None:
+    """As Ray's workers, whose parent is killed too: they fall to a process that collects them later."""
+    careless = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", careless], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        started_s = time.monotonic()
+        kill_processes([child], timeout_s=60.0)
+        assert time.monotonic() - started_s < 30
+        assert child.status() == psutil.STATUS_ZOMBIE
+        end_processes([child, psutil.Process(parent.pid)], timeout_s=0.2)
+        assert not psutil.pid_exists(parent.pid)
+
+
+def test_a_signal_can_be_ignored_from_any_thread() -> None:
+    code = (
+        "import os, signal, threading; from distlm.processes import ignore_signal\n"
+        "thread = threading.Thread(target=ignore_signal, args=(signal.SIGUSR2,)); thread.start(); thread.join()\n"
+        "os.kill(os.getpid(), signal.SIGUSR2); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""`distlm cancel`: end a run that is running, from any terminal and any host that sees its folder.
+
+The request is a file in the attempt's folder, which the controller looks for. `--json` prints one object:
+
+    run_id, attempt             the attempt that was asked to end
+    state                       as in `distlm status`; running, starting or lost: it has not ended
+    exit_code, message          how it has ended; null and why not: it has not
+    next                        commands that may be wanted now, the likeliest first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from distlm.commands.find import find_run
+from distlm.console import say
+from distlm.errors import ExitCode, InputError
+from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, read_json, write_json
+from distlm.run_status import run_status
+from distlm.view.ending import command, ending, next_steps
+
+_LOOK_INTERVAL_S = 0.2
+
+
+def cancel(options: argparse.Namespace) -> int:
+    run = find_run(options.runs_dir, options.run)
+    if not (attempts := run.attempts()):
+        raise InputError(f"run {run.run_id} has no attempt that could be cancelled")
+    attempt, state = attempts[-1], run_status(run, with_evaluation=False).state
+    if is_there(attempt.result_json):
+        lines = [f"run {run.run_id} has ended already: {state}; nothing to cancel"]
+        return _say_ended(run, lines, ExitCode.SUCCEEDED, options.json)
+    write_json(attempt.cancel_json, {"save": options.checkpoint})
+    if state == "lost":  # also one whose lease this host cannot see
+        text = (
+            f"run {run.run_id} is lost: nobody holds its lease, as far as can be seen here, so nothing is left to "
+            "cancel; a controller that is out of sight ends by itself now"
+        )
+        return _say_not_ended(run, attempt.number, state, text, [command(run, "resume")], options.json)
+    how = "finish its step, save and end" if options.checkpoint else "end now"
+    say(f"run {run.run_id} is asked to {how}", file=sys.stderr if options.json else sys.stdout)
+    deadline = time.monotonic() + options.timeout
+    while not is_there(attempt.result_json):
+        if time.monotonic() >= deadline:
+            return _say_still_running(run, attempt, options)
+        time.sleep(_LOOK_INTERVAL_S)
+    result = read_json(attempt.result_json)
+    # A training that has ended meanwhile needs no end, and one that was stopped more gently has one.
+    asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
+    code = ExitCode.SUCCEEDED if result["exit_code"] in asked else ExitCode(result["exit_code"])
+    return _say_ended(run, ending(run, result), code, options.json)
+
+
+def _say_ended(run: RunFolder, lines: list[str], code: ExitCode, as_json: bool) -> int:
+    if as_json:
+        newest = run_status(run, with_evaluation=False).attempts[-1]
+        steps = [what for _, what in next_steps(run, newest.result)]
+        _print_json(run, newest.number, newest.state, newest.exit_code, newest.message, steps)
+    else:
+        say("\n".join(lines))
+    return code
+
+
+def _say_still_running(run: RunFolder, attempt: AttemptFolder, options: argparse.Namespace) -> int:
+    handle = read_json(attempt.handle_json)
+    who = f"its controller, {process_name(handle['pid'], handle['host'])}," if handle else "its controller"
+    text = f"run {run.run_id} has not ended within {options.timeout} s; {who} is still asked to"
+    harder = [command(run, "cancel")] if options.checkpoint else []
+    state = run_status(run, with_evaluation=False).state
+    return _say_not_ended(run, attempt.number, state, text, [*harder, command(run, "status")], options.json)
+
+
+def _say_not_ended(run: RunFolder, attempt: int, state: str, text: str, steps: list[str], as_json: bool) -> int:
+    if as_json:
+        _print_json(run, attempt, state, None, text, steps)
+    else:
+        say("\n".join([f"distlm: {text}", *(f"distlm: next: {step}" for step in steps)]), file=sys.stderr)
+    return ExitCode.INFRASTRUCTURE
+
+
+def _print_json(
+    run: RunFolder, attempt: int, state: str, exit_code: int | None, message: str, steps: list[str]
+) -> None:
+    told: dict[str, Any] = {"run_id": run.run_id, "attempt": attempt, "state": state, "exit_code": exit_code}
+    say(json.dumps({**told, "message": message, "next": steps}, indent=2))
