@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lint bench clean
+.PHONY: setup run test test-apart test-others lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -22,8 +22,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes side by side: many tests wait for Ray and for time limits.
+APART := tests/unit $(addprefix tests/integration/test_,capacity.py chaos.py elastic.py)
+
 test: lint
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --output-sync=target test-apart test-others
+
+test-apart:
+	$(BIN)/python -m pytest $(APART)
+
+test-others:
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART))
 
 bench: setup
 	$(BIN)/python benchmarks/control_plane.py

@@ -24,7 +24,7 @@ from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import Cause, ExitCode, InputError
-from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages
+from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages, tell_mlflow
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
 from distlm.retry_policy import RetryPolicy
@@ -145,14 +145,19 @@ def _supervise(run: RunFolder, attempt: AttemptFolder, config: RunConfig, view: 
         result = launcher.submit(launcher.build(config, run), attempt, view)
         if not result["needs_new_attempt"]:
             return result
+        if attempt.cancel_json.exists():  # it was to end anyway
+            tell_mlflow(attempt)
+            return result
         outcome = Outcome(ExitCode(result["exit_code"]), result["message"], cause=Cause(result["cause"]))
         decision = policy.decide(outcome, has_progressed=store.newest_step() > step_before)
         if not decision.try_again:
+            tell_mlflow(attempt)
             return result
         pause = f" after {decision.pause_s:g} s" if decision.pause_s else ""
         message = f"{outcome.cause}: {outcome.message}; a new attempt begins{pause} ({decision.reason})"
         view.show(make_event("warning", message=message))
         if not _pause(decision.pause_s):
+            tell_mlflow(attempt)
             return result
         loaded, changes = changed_config(run, [], launcher.check)
         attempt = begin_attempt(loaded, run, [], changes=changes)

@@ -140,6 +140,7 @@ class AttemptController:
             raise
         except DistlmError as error:
             outcome = Outcome.of(error, traceback.format_exc())
+            outcome = replace(outcome, needs_new_attempt=outcome.needs_new_attempt and not self.stop.is_asked)
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
             _copy_logs(cluster.logs, self.folder.logs / "ray")
         return outcome

@@ -101,7 +101,8 @@ class LocalLauncher:
                 result = result_of(attempt, outcome, started=None)
                 with suppress(OSError):  # the storage may be what failed
                     end_abandoned(attempt, outcome)
-                    _tell_mlflow(attempt)
+                    if not outcome.needs_new_attempt:
+                        tell_mlflow(attempt)
         return result
 
 
@@ -184,9 +185,9 @@ def _how_it_ended(code: int, num_requests: int, kernel_killed: bool) -> Outcome:
         return Outcome(ExitCode.CANCELLED, "the controller was killed on request", cause=Cause.CANCELLATION)
     if code < 0 and kernel_killed:
         text = "the controller was killed by the kernel because memory ran out"
-        return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.OUT_OF_MEMORY, needs_new_attempt=True)
+        return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.OUT_OF_MEMORY, needs_new_attempt=num_requests == 0)
     text = f"the controller ended without a result ({how})"
-    return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE, needs_new_attempt=True)
+    return Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE, needs_new_attempt=num_requests == 0)
 
 
 def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
@@ -198,8 +199,9 @@ def end_abandoned(attempt: AttemptFolder, outcome: Outcome) -> None:
     write_result(attempt, outcome, started=None)
 
 
-def _tell_mlflow(attempt: AttemptFolder) -> None:
-    """Else it would say RUNNING for ever. Where it does not answer, `distlm sync` does the same later."""
+def tell_mlflow(attempt: AttemptFolder) -> None:
+    """How an attempt has ended that could not say so itself: else it would be RUNNING for ever. Where MLflow does not
+    answer, `distlm sync` does the same later."""
     if not attempt.metrics_jsonl.exists():
         return
     sync = ("distlm.commands.data_plane", "distlm.tracking.sync", "--without-model", str(attempt.run.path))

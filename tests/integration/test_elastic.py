@@ -53,7 +53,9 @@ def wait_for_steps(command: Command, num_workers: int, count: int) -> None:
     assert command.process.poll() is None, (command.out, command.err)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 5e-3)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("no", 1e-5), pytest.param("bf16", 5e-3, marks=pytest.mark.nightly)]
+)
 def test_1_3_2_1_workers_by_nodes_that_come_and_go(
     place: Place, ray_cluster: RayCluster, precision: str, tolerance: float
 ) -> None:
