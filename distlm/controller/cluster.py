@@ -97,6 +97,8 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
             "RAY_TMPDIR": str(temporary_root),
+            # Every process of this Ray is on this machine. Ray means by this name: a node's address is that of loopback.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -106,6 +108,8 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
     )
+    for library in ("GLOO", "NCCL"):  # their sockets, between the workers
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     import ray
 
     cores = len(os.sched_getaffinity(0))

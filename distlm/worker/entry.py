@@ -16,6 +16,7 @@ from distlm.devices import prepare_process_for_torch
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
+from distlm.worker.store import serve
 
 _DELIVERY_TIMEOUT_S = 10.0
 
@@ -78,6 +79,7 @@ def _train(
     import torch
 
     torch.set_num_threads(told.cpus_per_worker)
+    serve()
     from distlm.checkpoint.store import Checkpoint
     from distlm.config.attempt import load_attempt
     from distlm.run_folder import read_json
@@ -145,7 +147,7 @@ class _Output(io.FileIO):
 def redirect_output(log: Path) -> None:
     """Send this process's output, that of C++ libraries included, to a file that outlives Ray's temporary folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file, 1)
