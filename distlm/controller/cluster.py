@@ -97,7 +97,7 @@ def _start(resources: ResourcesConfig, temporary_root: Path) -> Iterator[Cluster
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
             "RAY_TMPDIR": str(temporary_root),
-            # Every process of this Ray is on this machine. Ray means by this name: a node's address is that of loopback.
+            # By a strange name: a node's address is loopback. Every process of this Ray is on this machine.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",

@@ -37,8 +37,10 @@ def serve() -> None:
     global _listener, _store
     if _listener is None:
         return
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     descriptor, _listener = _listener.detach(), None
-    _store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    _store = dist.TCPStore(  # type: ignore[attr-defined]  # it is documented
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
