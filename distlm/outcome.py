@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from distlm.errors import Cause, DistlmError, ExitCode
+from distlm.redact import redacted
 from distlm.run_folder import AttemptFolder, write_json
 
 
@@ -64,7 +65,7 @@ def result_of(
 ) -> dict[str, Any]:
     """The content of result.json. `started` is in seconds since the epoch; None: not known. `problems` are those of the
     user's input, as JSON."""
-    return {
+    result = {
         "state": outcome.state,
         "exit_code": int(outcome.exit_code),
         "message": outcome.message,
@@ -80,6 +81,7 @@ def result_of(
         "started_at": _iso(started) if started is not None else None,
         "ended_at": _iso(datetime.now(UTC).timestamp()),
     }
+    return {key: redacted(value) for key, value in result.items()}
 
 
 def write_result(

@@ -7,12 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlm.devices import prepare_process_for_torch
+from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
@@ -135,13 +136,14 @@ def _train(
 
 
 class _Output(io.FileIO):
-    """Standard output or error in a log: what a full disk does not take is lost, and ends nobody who prints."""
+    """Standard output or error in a log, without secrets: libraries print addresses. What a full disk does not take is
+    lost, and ends nobody who prints."""
 
     def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError:
-            return len(content)
+        text = bytes(content).decode(errors="surrogateescape")
+        with suppress(OSError):
+            super().write(redact_uri(text).encode(errors="surrogateescape"))
+        return len(content)
 
 
 def redirect_output(log: Path) -> None:
