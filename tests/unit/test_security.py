@@ -15,6 +15,7 @@ import pytest
 import torch
 from made_runs import CONFIG, clean_environment, make_attempt, make_run
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from distlm.config.load import load_config, load_tree
@@ -26,7 +27,7 @@ from distlm.data.tokenize import load_tokenizer
 from distlm.errors import Cause, CheckpointError, ExitCode, InfrastructureError, InputError
 from distlm.outcome import Follower, Outcome, write_result
 from distlm.redact import holds_secret, redact_uri
-from distlm.run_folder import RunFolder, dump_yaml
+from distlm.run_folder import RunFolder, dump_yaml, whole_folder
 from distlm.view import encode_event, make_event
 from distlm.worker import store
 from distlm.worker.adapter import _read_peft_format, adapter_folder, load_adapter
@@ -337,8 +338,12 @@ def test_files_of_a_run_follow_the_umask(umask: int, tmp_path: Path) -> None:
         code = "import sys, pathlib, distlm.worker.entry as entry; entry.redirect_output(pathlib.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(attempt.controller_log)], check=True)
         write_result(attempt, Outcome(ExitCode.SUCCEEDED), None)
+        with whole_folder(run.init) as folder:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     finally:
         os.umask(before)
-    assert {"metrics.jsonl", "controller.log", "attempt.yaml"} <= {path.name for path in run.path.rglob("*")}
+    assert {"metrics.jsonl", "model.safetensors", "controller.log", "attempt.yaml"} <= {
+        path.name for path in run.path.rglob("*")
+    }
     for path in [run.path, *run.path.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
