@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from distlm import __version__
 from distlm.console import exit_code_of
 from distlm.errors import ExitCode
+from distlm.redact import redact_uri
 from distlm.table_arguments import add_table_arguments
 
 _EPILOG = """examples:
@@ -134,8 +136,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what it refuses without secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_uri(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="distlm",
         description="One YAML file describes a training run; distlm trains it.",
         epilog=_EPILOG,

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from distlm.errors import DistlmError, ExitCode
+from distlm.redact import redact_uri
 
 
 def make_printable() -> None:
@@ -67,5 +68,5 @@ def exit_code_of(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return int(ExitCode.CANCELLED)
     for line in text.splitlines():
-        say(f"distlm: {line}", file=sys.stderr)
+        say(f"distlm: {redact_uri(line)}", file=sys.stderr)
     return int(code)

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distlm.redact import redacted
+
 _log = logging.getLogger(__name__)
 
 POINT_KINDS = ("metrics", "system")
@@ -31,6 +33,8 @@ _BLOCK_BYTES = 64 * 2**10
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:
+    if message["kind"] not in (*POINT_KINDS, "artifact"):
+        message = redacted(message)
     text = json.dumps(finite(message), ensure_ascii=False, separators=(",", ":"), default=str)
     return f"{text}\n".encode(errors="backslashreplace")  # names of files may hold anything
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from distlm.errors import Cause, DistlmError, ExitCode, InfrastructureError, RayLostError
+from distlm.redact import redacted
 from distlm.run_folder import AttemptFolder, write_json
 
 
@@ -98,7 +99,7 @@ def result_of(
 ) -> dict[str, Any]:
     """The content of result.json. `started` is in seconds since the epoch; None: not known. `problems` are those of the
     user's input, as JSON."""
-    return {
+    result = {
         "state": outcome.state,
         "exit_code": int(outcome.exit_code),
         "message": outcome.message,
@@ -117,6 +118,7 @@ def result_of(
         "started_at": iso_time(started) if started is not None else None,
         "ended_at": iso_time(time.time()),
     }
+    return {key: redacted(value) for key, value in result.items()}
 
 
 def write_result(

@@ -71,12 +71,21 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        follow_umask(*temporary.glob("*.safetensors"))
         if replace and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def follow_umask(*files: Path) -> None:
+    """Give new files the mode that the umask gives, which that of their folder tells: the library safetensors makes its
+    files for their owner alone, and a group that shares the runs could not read them."""
+    for file in files:
+        with suppress(OSError):  # of storage that has no modes
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from distlm.config.schema import RunConfig, Source, Task
 from distlm.errors import InputError, Problem
-from distlm.redact import holds_password, redact_uri
+from distlm.redact import holds_secret, redact_uri
 
 Key = tuple[str | int, ...]
 """Path of a value in the tree: ("data", "train", 0, "paths")."""
@@ -205,6 +205,8 @@ def _apply_override(tree: dict[str, Any], origins: dict[str, str], item: str) ->
     if not equals or not dotted or "" in dotted.split(".") or dotted.count(".") > _MAX_DEPTH:
         yield Problem(f"{item!r} is not an override; write key.sub=value", location=here)
         return
+    if holds_secret(text):  # also of one that a later override replaces: all are stored
+        yield Problem(_SECRET, dotted, _shown(text), here)
     try:
         value = parse_scalar(text)
     except InputError as error:
@@ -291,15 +293,15 @@ def _parse_from_environment(tree: Any, errors: list[Any]) -> bool:
     return changed
 
 
-_PASSWORD = "holds a password; put that into an environment variable and write ${NAME} in its place"
+_SECRET = "holds a password or token; put that into an environment variable and write ${NAME} in its place"
 
 
-def _passwords(value: Any, key: Key) -> Iterator[Key]:
-    """Where a password is written out, which would be stored and logged with the config."""
+def _secrets(value: Any, key: Key) -> Iterator[Key]:
+    """Where a secret is written out, which would be stored and logged with the config."""
     if isinstance(value, (dict, list)):
         for part, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _passwords(item, (*key, part))
-    elif isinstance(value, str) and holds_password(value):
+            yield from _secrets(item, (*key, part))
+    elif isinstance(value, str) and holds_secret(value):
         yield key
 
 
@@ -322,7 +324,7 @@ def _validate(
             location=problem.location or locate(origins, problem.key) or default_location,
         )
 
-    problems = [*problems, *(located(Problem(_PASSWORD, _dotted(key))) for key in _passwords(raw, ()))]
+    problems = [*problems, *(located(Problem(_SECRET, _dotted(key))) for key in _secrets(raw, ()))]
     unset: list[tuple[Key, str]] = []
     tree = _expand(raw, (), environ, unset)
     problems = [*problems, *(located(Problem(message, _dotted(key))) for key, message in unset)]

@@ -101,8 +101,6 @@ LORA_KEYS = frozenset(
         "layers_pattern",
         "rank_pattern",
         "alpha_pattern",
-        "megatron_config",
-        "megatron_core",
         "trainable_token_indices",
         "loftq_config",
         "eva_config",

@@ -45,6 +45,7 @@ from distlm.errors import (
     UnknownFormatError,
 )
 from distlm.outcome import Outcome, Retry, iso_time, tracker_status
+from distlm.redact import copy_redacted
 from distlm.retry_policy import NO_RETRIES, Decision, RetryPolicy
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
@@ -633,7 +634,7 @@ def checkpoint_to_continue(run: RunFolder, progress: Progress) -> Checkpoint | N
 def _copy_logs(source: Path, destination: Path) -> None:
     """A help in finding a cause, and no cause of its own: where there is no room, nothing is copied."""
     try:
-        shutil.copytree(source, destination, ignore_dangling_symlinks=True)
+        shutil.copytree(source, destination, ignore_dangling_symlinks=True, copy_function=copy_redacted)
     except OSError:
         shutil.rmtree(destination, ignore_errors=True)
 

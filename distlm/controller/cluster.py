@@ -124,6 +124,8 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
             "RAY_TMPDIR": str(temporary_root),
+            # By a strange name: a node's address is loopback. Every process of this Ray is on this machine.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -131,6 +133,8 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
             "RAY_worker_niceness": "0",
         }
     )
+    for library in ("GLOO", "NCCL"):  # their sockets, between the workers
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     import ray
 
     cores = len(os.sched_getaffinity(0))

@@ -89,7 +89,7 @@ class Recorder:
         """`connect` makes the tracker and is called in a thread, again until it succeeds; None: files only."""
         self._path = attempt.metrics_jsonl
         cut_torn_line(self._path)
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._reserve = attempt.reserve("metrics.jsonl")  # room for what waits when the run ends for want of room
         with suppress(OSError):
             self._reserve.write_bytes(bytes(_RESERVE_BYTES))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import random
-import socket
-from contextlib import suppress
-from pathlib import Path
-
 from ray.train.backend import Backend, BackendConfig
+
+from distlm.worker.store import listen, meet_at
 
 
 class RendezvousConfig(BackendConfig):
@@ -25,23 +21,12 @@ class RendezvousConfig(BackendConfig):
 
 class _Rendezvous(Backend):
     def on_start(self, worker_group: object, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, _free_address)  # type: ignore[attr-defined]
-        worker_group.execute(_set_address, address, port)  # type: ignore[attr-defined]
+        address, port = worker_group.execute_single(0, _listen)  # type: ignore[attr-defined]
+        worker_group.execute(meet_at, address, port)  # type: ignore[attr-defined]
 
 
-def _free_address() -> tuple[str, int]:
+def _listen() -> tuple[str, int]:
     import ray
 
     address = ray.util.get_node_ip_address()
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    # The port is taken seconds later, when torch is imported; the system gives its ephemeral ports away until then.
-    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in [*random.SystemRandom().sample(range(10_000, max(first_ephemeral, 11_000)), 20), 0]:
-        with socket.socket(family) as listener, suppress(OSError):
-            listener.bind(("", port))
-            return address, listener.getsockname()[1]
-    raise OSError("no port is free")
-
-
-def _set_address(address: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    return address, listen(address)

@@ -188,10 +188,10 @@ def _paths(output: bytes) -> list[str]:
 
 def _redacted(diff: bytes) -> tuple[bytes, int]:
     """The diff without secrets, as far as their form tells them, and the number of lines that had one."""
-    lines = diff.decode(errors="surrogateescape").split("\n")
-    redacted = [redact_uri(line) for line in lines]
-    count = sum(before != after for before, after in zip(lines, redacted, strict=True))
-    return "\n".join(redacted).encode(errors="surrogateescape"), count
+    text = diff.decode(errors="surrogateescape")
+    redacted = redact_uri(text)  # no secret goes beyond its line
+    count = sum(before != after for before, after in zip(text.split("\n"), redacted.split("\n"), strict=True))
+    return redacted.encode(errors="surrogateescape"), count
 
 
 def _read_untracked(git: Git, state: RepositoryState, without: Sequence[Path]) -> None:

@@ -7,6 +7,7 @@ import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distlm.data.foreign import reason
 from distlm.errors import InputError, Problem
 
 
@@ -20,10 +21,11 @@ def load_tokenizer(name_or_path: str, needs_mask: bool = True) -> PreTrainedToke
     if name_or_path.startswith((os.sep, ".", "~")) and not os.path.isdir(name_or_path):
         raise InputError(Problem("no such folder", key, name_or_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the loader raises whatever a broken file makes its parts raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(Problem(f"the tokenizer cannot be loaded: {reason}", key, name_or_path)) from error
+        raise InputError(
+            Problem(f"the tokenizer cannot be loaded: {reason(error, whole=True)}", key, name_or_path)
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         message = "it is not a fast tokenizer (it has no tokenizer.json); use one that is, or tokenizer.train"
         raise InputError(Problem(message, key, name_or_path))

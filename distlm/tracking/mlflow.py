@@ -83,6 +83,8 @@ class MlflowTracker:
         embedded = uri == embedded_store(runs_dir)
         # MLflow fills a fresh SQLite file step by step: of three processes that open one together, two fail.
         with _translated_errors(), _locked(runs_dir / ".mlflow.lock") if embedded else nullcontext():
+            if embedded:
+                (runs_dir / "mlflow.db").touch()  # as the umask says; SQLite would deny the group to write to it
             client = MlflowClient(tracking_uri=uri)
             # Without a server MLflow would put artifacts into the current folder.
             artifacts = (runs_dir.absolute() / "mlartifacts").as_uri() if embedded else None

@@ -131,12 +131,12 @@ def upload_model(
     from mlflow.models import Model
 
     usage = usage_of(run)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
     is_adapter = (run.model / "adapter_config.json").exists()
     base = run.model
     if is_adapter:  # whose drawing may have changed the weights that it is for
         base = run.init / "base" if (run.init / "base").exists() else run.init / "model"
-    model = getattr(transformers, usage.auto_class).from_pretrained(base)
+    model = getattr(transformers, usage.auto_class).from_pretrained(base, trust_remote_code=False)
     packages, others = ["torch", "transformers"], {}
     if is_adapter:
         from peft import PeftModel

@@ -26,12 +26,13 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from distlm.metrics_file import finite
+from distlm.redact import redacted
 
 Event = Mapping[str, Any]
 
 
 def make_event(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+    return {"event": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **redacted(fields)}
 
 
 def encode_event(event: Event) -> str:

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distlm.config.resolve import nearest_name
+from distlm.data.foreign import reason
 from distlm.errors import CheckpointError, InputError, Problem
 from distlm.run_folder import whole_folder
 from distlm.worker.adalora import add_orthogonality_gradients
@@ -57,6 +58,8 @@ _OURS = {
     "auto_mapping": "PEFT fills it in",
     "peft_version": "PEFT fills it in",
     "runtime_config": "it is not part of a run",
+    "megatron_config": "distlm does not train with Megatron",
+    "megatron_core": "distlm does not train with Megatron",
     "total_step": "it follows training.max_steps or training.num_train_epochs",
 }
 _SCHEDULE = ("tinit", "tfinal", "total_step")
@@ -198,7 +201,7 @@ def _set_schedule(values: dict[str, Any], total_steps: int) -> None:
 
 def _problem(error: BaseException, values: dict[str, Any]) -> Problem:
     """What PEFT says, at the key that it speaks of if it is one of the user's."""
-    text = _first_line(error)
+    text = reason(error)
     named = [name for name in values if re.search(rf"\b{re.escape(name)}\b", text)]
     if len(named) == 1:
         return Problem(text, f"peft.{named[0]}", str(values[named[0]]))
@@ -267,7 +270,7 @@ def draw_adapter(
     except InputError:
         raise
     except Exception as error:
-        raise InputError(_refusal(config, model, _first_line(error))) from error
+        raise InputError(_refusal(config, model, reason(error))) from error
     changed_base = any(_summary(parameter) != before[name] for name, parameter in parameters.items())
     if changed_base:
         _require_convertible(config)
@@ -349,7 +352,10 @@ def _read_peft_format(peft_model: PeftModel, folder: Path) -> None:
     if len(prompt) > 1:
         message = "cannot be trained further: of an encoder of virtual tokens, PEFT saves what it gives and not itself"
         raise InputError(Problem(message, key, str(folder)))
-    loaded = load_peft_weights(str(folder), device="cpu")
+    try:
+        loaded = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # broken files make PEFT raise errors of many kinds
+        raise InputError(Problem(f"is no PEFT adapter: {reason(error)}", key, str(folder))) from error
     result = set_peft_model_state_dict(peft_model, loaded)
     missing = sorted(trainable & set(result.missing_keys) - prompt)
     unexpected = sorted(set(result.unexpected_keys) - {"prompt_embeddings"})
@@ -365,7 +371,7 @@ def adapter_folder(name_or_path: str) -> tuple[Path, str]:
     Raises InputError if there is none.
     """
     try:
-        peft_type = str(PeftType(PeftConfig.from_pretrained(name_or_path).peft_type).value)
+        peft_type = str(PeftType(_read_config(name_or_path).peft_type).value)
         if Path(name_or_path).is_dir():
             return Path(name_or_path), peft_type
         from huggingface_hub import snapshot_download
@@ -373,7 +379,15 @@ def adapter_folder(name_or_path: str) -> tuple[Path, str]:
         return Path(snapshot_download(name_or_path)), peft_type
     except Exception as error:  # broken files and the Hub's absence make PEFT raise errors of many kinds
         key = "peft.adapter_name_or_path"
-        raise InputError(Problem(f"is no PEFT adapter: {_first_line(error)}", key, name_or_path)) from error
+        raise InputError(Problem(f"is no PEFT adapter: {reason(error)}", key, name_or_path)) from error
+
+
+def _read_config(name_or_path: str) -> PeftConfig:
+    """Of an adapter that PEFT has saved. Raises ValueError, and whatever else broken files make PEFT raise."""
+    config: PeftConfig = PeftConfig.from_pretrained(name_or_path)
+    if getattr(config, "megatron_config", None) is not None:
+        raise ValueError("its config names a Python module to import (megatron_core), which is never done")
+    return config
 
 
 def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -> PeftConfig:
@@ -388,9 +402,9 @@ def earlier_config(folder: Path, settings: dict[str, Any], config: PeftConfig) -
     """
     key = "peft.adapter_name_or_path"
     try:
-        earlier = PeftConfig.from_pretrained(str(folder))
+        earlier = _read_config(str(folder))
     except Exception as error:
-        raise InputError(Problem(f"is no PEFT adapter: {_first_line(error)}", key, str(folder))) from error
+        raise InputError(Problem(f"is no PEFT adapter: {reason(error)}", key, str(folder))) from error
     if earlier.peft_type != config.peft_type:
         message = f"is an adapter of {earlier.peft_type.value}, and the run asks for {settings['peft_type']}"
         raise InputError(Problem(message, key, str(folder)))
@@ -447,7 +461,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         CheckpointError: the folder is damaged, or of another model or version of PEFT.
     """
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = _read_config(str(folder))
         saved = InitialTensors(folder)
         config.inference_mode = False
         with warnings.catch_warnings(), _whole_weights(model):
@@ -458,7 +472,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     except CheckpointError:
         raise
     except Exception as error:  # broken files make PEFT raise errors of many kinds
-        raise CheckpointError(f"the adapter in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"the adapter in {folder} cannot be loaded: {reason(error)}") from error
     if config.peft_type == "ADALORA":
         add_orthogonality_gradients(peft_model)
     return peft_model.train()
@@ -477,7 +491,7 @@ class InitialTensors:
             self.seed = int(metadata["seed"])
             self.changed_base: bool = json.loads(metadata["changed_base"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self._path} cannot be read: {_first_line(error)}") from error
+            raise CheckpointError(f"{self._path} cannot be read: {reason(error)}") from error
 
     def copy_to(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors. Raises CheckpointError unless they are those of the file, by name, shape and dtype."""
@@ -539,7 +553,7 @@ def rehearse(peft_model: PeftModel, max_seq_length: int) -> None:
     try:
         _train_on_one_sample(peft_model, max_seq_length)
     except Exception as error:
-        raise InputError(_refusal(config, peft_model, _first_line(error), max_seq_length)) from error
+        raise InputError(_refusal(config, peft_model, reason(error), max_seq_length)) from error
     gradients = {name: parameter.grad for name, parameter in trainable.items()}
     peft_model.zero_grad()
     unused = [name for name, gradient in gradients.items() if gradient is None]
@@ -586,8 +600,3 @@ def _refusal(config: PeftConfig, model: Any, reason: str, max_seq_length: int | 
         )
     message = f"{kind} does not work with this {model.config.model_type}: {reason}"
     return Problem(message, _TYPE_KEY, kind.lower())
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distlm.errors import CheckpointError, InputError, Problem
+from distlm.run_folder import follow_umask
 from distlm.worker.adapter import InitialTensors
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -66,6 +67,7 @@ def export_adapter(peft_model: PeftModel, folder: Path, base_name_or_path: str, 
         tensors = _for_unchanged_base(tensors, dict(initial), config)
     save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS_NAME,
               metadata={"format": "pt"})  # fmt: skip
+    follow_umask(folder / ADAPTER_WEIGHTS_NAME)
     base_class = type(peft_model.get_base_model())
     mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else mapping)

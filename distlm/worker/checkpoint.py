@@ -45,6 +45,7 @@ from distlm.checkpoint.reader import CheckpointReader
 from distlm.checkpoint.store import Checkpoint, CheckpointStore
 from distlm.checkpoint.tensor_file import file_sha256, one_line
 from distlm.errors import CheckpointError, DistlmError, InfrastructureError, TrainingError
+from distlm.run_folder import follow_umask
 from distlm.worker import zero_state
 from distlm.worker.read_back import live_weights, require_equal
 from distlm.worker.zero_state import HeldFragment
@@ -328,6 +329,7 @@ def _write_method_state(folder: Path, tensors: dict[str, Tensor]) -> StateFile:
     path = folder / METHOD_STATE_NAME
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        follow_umask(path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         return StateFile(size_bytes=path.stat().st_size, sha256=file_sha256(path))

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 from distlm.devices import prepare_process_for_torch
 from distlm.errors import InfrastructureError
 from distlm.processes import ignore_signal
+from distlm.redact import redact_uri
 from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
 from distlm.worker.pulse import Pulse
+from distlm.worker.store import serve
 
 _DELIVERY_TIMEOUT_S = 10.0
 _CONFIRMATION_TIMEOUT_S = 60.0
@@ -141,6 +143,7 @@ def _train(
     import torch
 
     torch.set_num_threads(told.cpus_per_worker)
+    serve()
     from distlm.checkpoint.store import Checkpoint
     from distlm.config.attempt import load_attempt
     from distlm.config.resolve import at_world_size
@@ -199,19 +202,20 @@ def _train(
 
 
 class _Output(io.FileIO):
-    """Standard output or error in a log: what a full disk does not take is lost, and ends nobody who prints."""
+    """Standard output or error in a log, without secrets: libraries print addresses. What a full disk does not take is
+    lost, and ends nobody who prints."""
 
     def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError:
-            return len(content)
+        text = bytes(content).decode(errors="surrogateescape")
+        with suppress(OSError):
+            super().write(redact_uri(text).encode(errors="surrogateescape"))
+        return len(content)
 
 
 def redirect_output(log: Path) -> None:
     """Send this process's output, that of C++ libraries included, to a file that outlives Ray's temporary folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file, 1)

@@ -32,7 +32,7 @@ from distlm.errors import (
     InfrastructureError,
     InputError,
 )
-from distlm.run_folder import RunFolder, read_json, whole_folder
+from distlm.run_folder import RunFolder, follow_umask, read_json, whole_folder
 
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
@@ -150,6 +150,7 @@ def _write_adapter(run: RunFolder, checkpoint: Checkpoint, manifest: Manifest, f
     model: Any = load_model_of(run, checkpoint, manifest)
     if merges:
         merge(model).save_pretrained(folder)
+        follow_umask(*folder.glob("*.safetensors"))
         return
     names = {parameter.name for parameter in manifest.parameters}
     trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in names}

@@ -131,7 +131,7 @@ def _count_flops(
     with torch.device(device), torch.no_grad():
         # Eager attention consists of plain matrix products, which the counter knows on every device.
         # The copy, because from_config writes that choice into the config it is given.
-        model = auto_class.from_config(deepcopy(config), attn_implementation="eager").eval()
+        model = auto_class.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False).eval()
         model.requires_grad_(False)
         # Without an attention mask: transformers would read its values.
         inputs = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}

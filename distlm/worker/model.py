@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from distlm.config.resolve import nearest_name
 from distlm.config.schema import RunConfig
 from distlm.data import letter_case
+from distlm.data.foreign import reason
 from distlm.errors import InputError, Problem
 from distlm.run_folder import whole_folder
 
@@ -82,9 +83,14 @@ def pretrained_config(name_or_path: str, task: str) -> PretrainedConfig:
     """The config of a pretrained model. Raises InputError where there is none, or one that the task cannot train."""
     key = "model.name_or_path"
     try:
-        model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path)
+        model_config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - broken files make transformers raise errors of many kinds
-        raise InputError(Problem(f"is no model: {_first_line(error)}", key, name_or_path)) from None
+        raise InputError(Problem(f"is no model: {reason(error)}", key, name_or_path)) from None
+    if "/" in str(model_config._attn_implementation):  # transformers would download it
+        message = (
+            "asks for an attention kernel of its own, which is never run; remove attn_implementation from its config"
+        )
+        raise InputError(Problem(message, key, name_or_path))
     _require_kind(model_config, task, key, name_or_path)
     return model_config
 
@@ -154,9 +160,9 @@ def _model_config(config: RunConfig, vocab_size: int, special_token_ids: dict[st
     except StrictDataclassFieldValidationError as error:
         field = re.search(r"'(\w+)'", str(error))
         key = f"model.config.{field[1]}" if field else "model.config"
-        raise InputError(Problem(_first_line(error.__cause__ or error), key)) from None
+        raise InputError(Problem(reason(error.__cause__ or error), key)) from None
     except Exception as error:  # noqa: BLE001 - transformers' validators raise errors of many kinds, all about these keys
-        raise InputError(Problem(f"{model_type}: {_first_line(error)}", "model.config")) from None
+        raise InputError(Problem(f"{model_type}: {reason(error)}", "model.config")) from None
     _require_kind(model_config, task, "model.config", "")
     return model_config
 
@@ -244,6 +250,7 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
                 config=model_config,
                 dtype=torch.float32,
                 attn_implementation=attn,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=config.task.type != "masked-lm",  # the head's, where it is for other labels
             )
@@ -252,7 +259,9 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
             if config.task.type != "masked-lm" and not drawn and not _knows_labels(config, model_config):
                 drawn = _draw_head_anew(model)
         else:
-            model = auto_class.from_config(model_config, dtype=torch.float32, attn_implementation=attn)
+            model = auto_class.from_config(
+                model_config, dtype=torch.float32, attn_implementation=attn, trust_remote_code=False
+            )
         if config.task.type == "token-classification" and config.task.case_feature:
             drawn += _enlarge_token_types(model)
         if attn != "flash_attention_2":  # that one runs on GPUs only
@@ -264,7 +273,7 @@ def initial_model(config: RunConfig, model_config: PretrainedConfig) -> tuple[Pr
             message = f"a {model_config.model_type} in transformers does not have it here; leave it out, or use eager"
             raise InputError(Problem(message, "model.attn_implementation", attn or "")) from error
         key = "model.name_or_path" if config.model.name_or_path else "model.config"
-        raise InputError(Problem(f"transformers cannot build this model: {_first_line(error)}", key)) from error
+        raise InputError(Problem(f"transformers cannot build this model: {reason(error)}", key)) from error
     return model, drawn
 
 
@@ -372,7 +381,13 @@ def load_model(
             "device_map": {"": torch.cuda.current_device()},
         }
     model: PreTrainedModel = MODEL_KINDS[task].auto_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True, **others
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **others,
     )
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -393,15 +408,10 @@ def parameter_aliases(folder: Path, task: str) -> dict[str, list[str]]:
 
     Computes no weight, and holds none: the model is built from its config on torch's meta device.
     """
-    model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = MODEL_KINDS[task].auto_class.from_config(model_config)
+        model = MODEL_KINDS[task].auto_class.from_config(model_config, trust_remote_code=False)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: group for group in names.values() for name in group}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

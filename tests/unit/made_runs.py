@@ -16,9 +16,9 @@ from typing import Any
 from distlm.config.attempt import begin_attempt, changes_so_far, create_run
 from distlm.config.load import load_tree
 from distlm.controller.__main__ import write_result
-from distlm.controller.policy import Outcome
 from distlm.controller.recorder import Recorder
 from distlm.errors import ExitCode
+from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder
 from distlm.tracking import Tracker
 from distlm.tracking.records import Record

@@ -145,7 +145,9 @@ def test_a_port_that_is_taken_is_refused_at_once(place: Path, embedded: RunFolde
 def test_a_run_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its address is printed without asking it, and without what is secret in it."""
     monkeypatch.setenv("WORD", "hidden-word")
-    run = make_run(tmp_path / "runs", tracking={"tracking_uri": "https://me:${WORD}@mlflow.invalid/base/?token=abc"})
+    run = make_run(
+        tmp_path / "runs", tracking={"tracking_uri": "https://me:${WORD}@mlflow.invalid/base/?token=${WORD}"}
+    )
     attempt = make_attempt(run)
     environment = clean_environment(tmp_path, WORD="hidden-word", BROWSER=f"{browser(tmp_path)} %s")
     page = parsed(distlm("ui", "last", "--json", cwd=tmp_path, env=environment))
@@ -155,7 +157,7 @@ def test_a_run_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     done = distlm("ui", run.run_id, "--open", cwd=tmp_path, env=environment)
     assert done.returncode == ExitCode.SUCCEEDED
     assert done.stdout == "the tracking server's UI is on https://mlflow.invalid/base/#/runs/0123abcd\n"
-    assert "hidden-word" not in done.stdout + done.stderr + str(page) and "abc" not in page["tracking_uri"]
+    assert "hidden-word" not in done.stdout + done.stderr + str(page)
     wait_until((tmp_path / "opened").exists, "the browser")
     assert (tmp_path / "opened").read_text() == "https://mlflow.invalid/base/#/runs/0123abcd"
     monkeypatch.delenv("WORD")
