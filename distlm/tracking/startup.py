@@ -21,7 +21,8 @@ Phase = Literal[
     "prepare",  # data, tokenizer and initial weights
     "place",  # Ray Train places the workers and joins them in a process group
     "import",  # of the worker's libraries
-    "build",  # the engine: weights, optimizer, checkpoint, attestation
+    "build",  # the engine: weights and optimizer
+    "load",  # the checkpoint where there is one, the data, attestation
     "first_step",
 ]
 

@@ -102,7 +102,7 @@ def train(context: WorkerContext) -> None:
     """Train from the given state to the last step, reporting, evaluating and saving on the way. Collective."""
     worker = Worker(context)
     worker.attest()
-    context.phase_ended("build", worker.first_step - 1)
+    context.phase_ended("load", worker.first_step - 1)
     try:
         train_steps(worker, context.config.training, context.prepared.total_steps)
     except Exception:
@@ -200,6 +200,7 @@ class Worker:
             adam_epsilon=config.training.adam_epsilon,
         )
         self.engine = prepare(self.accelerator, model, optimizer)
+        context.phase_ended("build", context.checkpoint.step if context.checkpoint else 0)
         self.rank_allocation = make_rank_allocation(self.engine) if has_adapter(config) else None
         self.first_step = 1
         unlogged_loss_sum = unlogged_num_targets = 0.0

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ class Place:
                 continue
         return found
 
+    def abandoned_shared_memory(self) -> set[Path]:
+        """What is new in /dev/shm and used by no process: other tests may run beside this one."""
+        new = set(Path("/dev/shm").iterdir()) - self.shared_memory
+        for process in psutil.process_iter() if new else ():
+            with suppress(OSError):
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                new = {path for path in new if str(path) not in maps}
+        return new
+
     def listening_ports(self) -> set[int]:
         """TCP ports that processes from here listen on."""
         return {
@@ -164,11 +174,9 @@ class Place:
             assert not Path(handle["temporary_root"]).exists()
         assert not list(self.home.iterdir())
         assert not list(self.temporary.iterdir())
-        shared_memory = Path("/dev/shm")
         wait_until(
-            lambda: set(shared_memory.iterdir()) <= self.shared_memory,
-            END_TIMEOUT_S, f"the end of {set(shared_memory.iterdir()) - self.shared_memory}",
-        )  # fmt: skip
+            lambda: not self.abandoned_shared_memory(), END_TIMEOUT_S, f"the end of {self.abandoned_shared_memory()}"
+        )
         hidden = list(run.path.rglob(".*"))  # reserves, half-written files
         assert not hidden
 

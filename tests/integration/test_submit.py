@@ -93,7 +93,7 @@ class TestSuccess:
 
     def test_the_start_is_told_phase_by_phase(self, place: Place, success: Command) -> None:
         phases = startup_seconds(message for _, message in read_lines(success.run.attempts()[0].metrics_jsonl))
-        assert [*phases] == ["ray", "preflight", "prepare", "place", "import", "build", "first_step"]
+        assert [*phases] == ["ray", "preflight", "prepare", "place", "import", "build", "load", "first_step"]
         assert all(seconds >= 0 for seconds in phases.values())
         metrics = place.mlflow_run(success.run).data.metrics
         assert metrics["time/startup_s"] == pytest.approx(sum(phases.values()), abs=0.01)
