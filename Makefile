@@ -23,7 +23,7 @@ lint: setup
 	$(BIN)/mypy
 
 # Two processes side by side: many tests wait for Ray and for time limits.
-APART := tests/unit $(addprefix tests/integration/test_,capacity.py chaos.py elastic.py)
+APART := tests/unit $(addprefix tests/integration/test_,announced_end.py capacity.py chaos.py elastic.py endings.py security.py)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target test-apart test-others
@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/finetune.py

@@ -552,7 +552,8 @@ class AttemptController:
 
     def _finish(self, recorder: Recorder, outcome: Outcome) -> None:
         """Logs, status and model to the tracker. What it does not take now is kept for `distlm sync`."""
-        self._provenance.record(recorder, 1.0 if self.stop.is_asked else _PROVENANCE_TIMEOUT_S)
+        is_hurried = self.stop.is_asked or outcome.needs_new_attempt  # a new attempt sends what is missing, too
+        self._provenance.record(recorder, 1.0 if is_hurried else _PROVENANCE_TIMEOUT_S)
         for log in sorted(self.folder.logs.glob("*.log")):
             recorder.log_artifact(log, f"attempts/{self.folder.number:03d}/logs")
         for file in sorted(self.folder.evaluations.glob("*/*")):
@@ -566,7 +567,7 @@ class AttemptController:
         def give_up() -> bool:
             return self.stop.num_requests > num_requests
 
-        timeout_s = _TRACKER_TIMEOUT_S_WHEN_STOPPED if self.stop.is_asked else _TRACKER_TIMEOUT_S
+        timeout_s = _TRACKER_TIMEOUT_S_WHEN_STOPPED if is_hurried else _TRACKER_TIMEOUT_S
         try:
             is_delivered = recorder.close(tracker_status(outcome.exit_code), timeout_s, give_up)
         except InfrastructureError as error:

@@ -62,6 +62,10 @@ class Sight:
     """Of the thread that trains, the innermost frame first; empty: it did not answer."""
 
     @property
+    def cannot_go_on(self) -> bool:
+        return not self.stack or self.state in _STATES
+
+    @property
     def waits_for_others(self) -> bool:
         """Whether it is in a collective operation."""
         frames = list(_FRAME.finditer(self.stack))[:_NUM_TOP_FRAMES]
@@ -83,10 +87,9 @@ class Sight:
 def end_hung_workers(workers: Sequence[WorkerProcess], attempt: AttemptFolder, complaint: str) -> Outcome:
     """Kill all workers, and say which one the others were waiting for: `complaint` says since when."""
     sights = end_workers(workers, attempt)
-    elsewhere = [worker for worker in workers if not sights[worker.rank].waits_for_others]
-    # One that is stopped, or whose host is silent, cannot go on; others may be in the middle of something.
-    stuck = [worker for worker in elsewhere if not sights[worker.rank].stack or sights[worker.rank].state in _STATES]
-    suspects = stuck or elsewhere
+    # One that is stopped, or silent, cannot go on wherever it is; others may be in the middle of something.
+    stuck = [worker for worker in workers if sights[worker.rank].cannot_go_on]
+    suspects = stuck or [worker for worker in workers if not sights[worker.rank].waits_for_others]
     if not suspects or len(suspects) == len(workers) > 1:
         stacks = "\n\n".join(f"rank {rank}:\n{sight.stack}" for rank, sight in sorted(sights.items()))
         text = f"the workers do not go on: {complaint}; all wait for each other"

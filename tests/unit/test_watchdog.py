@@ -133,7 +133,7 @@ WORKERS = [WorkerProcess(rank, 100 + rank, f"host{rank}", f"node{rank}") for ran
     ("sights", "rank", "message"),
     [
         ([Sight("S", IN_COLLECTIVE), Sight("S", IN_DATA), Sight("S", IN_COLLECTIVE)], 1, "it is in readers.py:7, read"),
-        ([Sight("S", IN_DATA), Sight("S", IN_COLLECTIVE), Sight("T", IN_COLLECTIVE)], 0, "it is in readers.py:7, read"),
+        ([Sight("S", IN_DATA), Sight("S", IN_COLLECTIVE), Sight("T", IN_COLLECTIVE)], 2, "it is stopped (by SIGSTOP"),
         ([Sight("S", IN_DATA), Sight("S", IN_COLLECTIVE), Sight("T", IN_DATA)], 2, "it is stopped (by SIGSTOP"),
         ([Sight("S", IN_COLLECTIVE), Sight("S", IN_COLLECTIVE), Sight("")], 2, "its host does not answer"),
         ([Sight("S", IN_COLLECTIVE), Sight("R"), Sight("S", IN_COLLECTIVE)], 1, "it does not answer"),
