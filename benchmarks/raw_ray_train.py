@@ -32,12 +32,13 @@ def train(told: dict[str, Any]) -> None:
         vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
     )
     model: Any = ray.train.torch.prepare_model(BertForMaskedLM(config))
+    inner = getattr(model, "module", model)  # a lone worker has no DistributedDataParallel around it
     optimizer = torch.optim.AdamW(model.parameters())
     step = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
+        inner.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     context = ray.train.get_context()
@@ -55,7 +56,7 @@ def train(told: dict[str, Any]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 saved = None
                 if context.get_world_rank() == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    state = {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                     torch.save(state, Path(folder) / "state.pt")
                     saved = ray.train.Checkpoint.from_directory(folder)
                 ray.train.report({"step": step}, checkpoint=saved)

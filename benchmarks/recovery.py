@@ -112,6 +112,15 @@ class Distlm(Job):
                 steps.append((message["step"], message["timestamp_ms"] / 1000, num_workers))
         return steps
 
+    def wait_for_restart(self, since_s: float) -> float:
+        """When new workers have begun to train: until then the old ones may do another step."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while "first_step" not in (phases := self.phases(since_s)):
+            if time.monotonic() > deadline:
+                raise SystemExit((self.folder / "output.log").read_text()[-5000:])
+            time.sleep(0.1)
+        return since_s + sum(phases.values()) - phases["first_step"]
+
     def phases(self, since_s: float) -> dict[str, float]:
         """Of the start that followed."""
         ended = [
@@ -145,7 +154,8 @@ def recover(job: Job, hurt: Callable[[Job], None]) -> tuple[float, dict[str, flo
     began_s = time.time()
     hurt(job)
     highest = job.highest_step()
-    next_s = job.wait_for_step(highest + 1, began_s + 0.05)
+    since_s = job.wait_for_restart(began_s) if isinstance(job, Distlm) else began_s + 0.05
+    next_s = job.wait_for_step(highest + 1, since_s)
     return next_s - began_s, job.phases(began_s) if isinstance(job, Distlm) else {}
 
 

@@ -393,7 +393,7 @@ class AttemptController:
                 return None
             return Outcome.of(self.stop.error(f"stopped after step {self._stopped_after_step}, which is saved"))
         if outcome.exit_code != ExitCode.SUCCEEDED:
-            remove_placement_groups({worker.placement_group_id for worker in self._workers.values()})
+            remove_placement_groups(cluster, {worker.placement_group_id for worker in self._workers.values()})
         step_of_failure = outcome.step if outcome.step is not None else self._watchdog.step
         return replace(outcome, advice=advice(outcome.cause, config), step=step_of_failure)
 

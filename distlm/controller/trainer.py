@@ -69,12 +69,15 @@ class Incarnation:
         return first_failure(failures, self._error, self._num_workers, self._oom_kills.happened_lately())
 
 
-def remove_placement_groups(ids: Set[str]) -> None:
+def remove_placement_groups(cluster: Cluster, ids: Set[str]) -> None:
     """Give back what a worker group held, where Ray Train's own controller has died and cannot do it: Ray Train leaves
-    that to an actor that asks Ray's dashboard, which may not be there."""
+    that to an actor that asks Ray's dashboard, which may not be there. `ids`: of the groups that workers have told of;
+    in a Ray of our own there are no others'."""
     import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+    if cluster.watch is None:
+        ids = {*placement_group_table()}
     for group in filter(None, ids):
         with suppress(ray.exceptions.RayError):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
