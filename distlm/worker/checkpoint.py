@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -218,7 +219,9 @@ class CheckpointSaver:
         if self._engine.device.type == "cuda" and numel:
             # Pinned in place: torch's own pinned memory is rounded up to a power of two. Where the driver refuses, a
             # copy takes longer, and that is all.
-            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+            if torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0):
+                with suppress(RuntimeError):  # CUDA remembers the refusal, and the next operation would report it
+                    torch.zeros((), device=self._engine.device)
         return buffer
 
     def _snapshot(self, held: list[HeldFragment]) -> list[memoryview]:
