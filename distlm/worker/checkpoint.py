@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -217,11 +218,7 @@ class CheckpointSaver:
         # Filled, so that the operating system hands out the memory now and not in the first save.
         buffer = torch.zeros((len(KINDS), numel))
         if self._engine.device.type == "cuda" and numel:
-            # Pinned in place: torch's own pinned memory is rounded up to a power of two. Where the driver refuses, a
-            # copy takes longer, and that is all.
-            if torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0):
-                with suppress(RuntimeError):  # CUDA remembers the refusal, and the next operation would report it
-                    torch.zeros((), device=self._engine.device)
+            _pin(buffer)
         return buffer
 
     def _snapshot(self, held: list[HeldFragment]) -> list[memoryview]:
@@ -377,6 +374,18 @@ def _outcome(action: Callable[[], T]) -> tuple[T | None, _Failure | None]:
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         traceback.print_exc()
         return None, _Failure(f"{type(error).__name__}: {one_line(error)}", TrainingError)
+
+
+def _pin(buffer: Tensor) -> None:
+    """Have CUDA copy into it directly, until it is freed. In place: torch's own pinned memory is rounded up to a power of
+    two. Where the driver refuses, a copy takes longer, and that is all."""
+    cuda = torch.cuda.cudart()
+    if not cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0):
+        # Else CUDA would go on writing to where the memory was, whoever has the address by then.
+        weakref.finalize(buffer, cuda.cudaHostUnregister, buffer.data_ptr())
+        return
+    with suppress(RuntimeError):  # CUDA remembers the refusal, and the next operation would report it
+        torch.zeros((), device="cuda")
 
 
 def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
