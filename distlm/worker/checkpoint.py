@@ -377,8 +377,8 @@ def _outcome(action: Callable[[], T]) -> tuple[T | None, _Failure | None]:
 
 
 def _pin(buffer: Tensor) -> None:
-    """Have CUDA copy into it directly, until it is freed. In place: torch's own pinned memory is rounded up to a power of
-    two. Where the driver refuses, a copy takes longer, and that is all."""
+    """Have CUDA copy into it directly, until it is freed. In place: torch's own pinned memory is rounded up to a power
+    of two. Where the driver refuses, a copy takes longer, and that is all."""
     cuda = torch.cuda.cudart()
     if not cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0):
         # Else CUDA would go on writing to where the memory was, whoever has the address by then.
