@@ -17,7 +17,6 @@ import secrets
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -376,16 +375,17 @@ def _outcome(action: Callable[[], T]) -> tuple[T | None, _Failure | None]:
         return None, _Failure(f"{type(error).__name__}: {one_line(error)}", TrainingError)
 
 
+_ALREADY_REGISTERED = 712
+"""CUDA takes the memory for that of somebody else, and would copy to where it was: the next operation reports it."""
+
+
 def _pin(buffer: Tensor) -> None:
-    """Have CUDA copy into it directly, until it is freed. In place: torch's own pinned memory is rounded up to a power
-    of two. Where the driver refuses, a copy takes longer, and that is all."""
-    cuda = torch.cuda.cudart()
-    if not cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0):
-        # Else CUDA would go on writing to where the memory was, whoever has the address by then.
-        weakref.finalize(buffer, cuda.cudaHostUnregister, buffer.data_ptr())
-        return
-    with suppress(RuntimeError):  # CUDA remembers the refusal, and the next operation would report it
-        torch.zeros((), device="cuda")
+    """Have CUDA copy into it directly. In place: torch's own pinned memory is rounded up to a power of two. Where the
+    driver refuses, a copy takes longer, and that is all."""
+    refusal = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if refusal not in (0, _ALREADY_REGISTERED):
+        with suppress(RuntimeError):  # CUDA remembers the refusal, and the next operation would report it
+            torch.zeros((), device="cuda")
 
 
 def _fragments_to_write(engine: DeepSpeedEngine) -> Iterator[HeldFragment]:
