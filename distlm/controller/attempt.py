@@ -142,6 +142,7 @@ class AttemptController:
         except DistlmError as error:
             outcome = Outcome.of(error, traceback.format_exc())
             outcome = replace(outcome, needs_new_attempt=outcome.needs_new_attempt and not self.stop.is_asked)
+        outcome = replace(outcome, retries=self._retries)
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
             _copy_logs(cluster.logs, self.folder.logs / "ray")
         return outcome
@@ -267,9 +268,11 @@ class AttemptController:
             if outcome is not None:
                 newest = CheckpointStore(self.run.checkpoints).newest_step()
                 decision = self.policy.decide(outcome, has_progressed=newest > progress_at_failure)
+                if self.stop.is_asked:
+                    return outcome
                 if not decision.try_again:
                     message = f"{outcome.message} ({decision.reason})" if decision.reason else outcome.message
-                    return replace(outcome, message=message, retries=self._retries)
+                    return replace(outcome, message=message)
                 self._note_failure(recorder, outcome, incarnation, decision)
                 self._pause(decision.pause_s)
                 progress_at_failure = newest
