@@ -23,7 +23,7 @@ lint: setup
 	$(BIN)/mypy
 
 # Two processes side by side: many tests wait for Ray and for time limits.
-APART := tests/unit $(addprefix tests/integration/test_,announced_end.py chaos.py cluster_nodes.py elastic.py endings.py security_runs.py)
+APART := tests/unit $(addprefix tests/integration/test_,announced_end.py chaos.py cluster_nodes.py elastic.py endings.py recovery.py security_runs.py)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target test-apart test-others

@@ -383,7 +383,7 @@ class AttemptController:
                 self._follow_nodes(cluster, cluster.watch, mailbox, num_workers)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
-            ended = ended or self._end_if_hung() or self._end_if_a_node_is_gone(cluster)
+            ended = ended or self._end_if_hung(incarnation) or self._end_if_a_node_is_gone(cluster)
         deadline = time.monotonic() + _LAST_MESSAGES_TIMEOUT_S
         self._record(recorder, mailbox)
         while self._asked_for and time.monotonic() < deadline:
@@ -422,12 +422,16 @@ class AttemptController:
             mailbox.want_stop.remote()
             self.progress.say(f"{why}: the workers save, and {size} go on in place of {num_workers}")
 
-    def _end_if_hung(self) -> Outcome | None:
+    def _end_if_hung(self, incarnation: Incarnation) -> Outcome | None:
         """Kill the workers if they do not go on; who of them does not, and where it is."""
-        if not (complaint := self._watchdog.complaint()) or not self._workers:
+        if not (complaint := self._watchdog.complaint()):
             return None
-        self.progress.say(f"warning: {complaint}; looking for the worker that hangs")
-        return end_hung_workers(self._sorted_workers(), self.folder, complaint)
+        if self._workers:
+            self.progress.say(f"warning: {complaint}; looking for the worker that hangs")
+            return end_hung_workers(self._sorted_workers(), self.folder, complaint)
+        if not incarnation.abort():
+            return None
+        return Outcome(ExitCode.INFRASTRUCTURE, f"the workers have not started: {complaint}", cause=Cause.HANG)
 
     def _end_if_a_node_is_gone(self, cluster: Cluster) -> Outcome | None:
         """Kill the workers that are left where others have gone with their node: no connection may tell them."""

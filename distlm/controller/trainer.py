@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Set
 from contextlib import suppress
@@ -34,6 +36,19 @@ class Incarnation:
     def is_alive(self) -> bool:
         self._oom_kills.sample()
         return self._thread.is_alive()
+
+    def abort(self) -> bool:
+        """End it from outside, also where no worker has begun: by the death of Ray Train's own controller, which is a
+        process of this node. `fit` has no other way to be ended. False: there is no such process yet."""
+        import ray
+
+        ours = ray.get_runtime_context().job_id
+        actors = ray._private.state.actors(job_id=ours, actor_state_name="ALIVE").values()
+        pids = [actor["Pid"] for actor in actors if actor["ActorClassName"] == "TrainController"]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return bool(pids)
 
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
         try:

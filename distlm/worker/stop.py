@@ -21,7 +21,8 @@ class StopFlag:
         self._wanted = threading.Event()
         self._lost: Exception | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._poll, name="stop-flag", daemon=True).start()
+        self._thread = threading.Thread(target=self._poll, name="stop-flag", daemon=True)
+        self._thread.start()
 
     def is_set(self) -> bool:
         """Raises InfrastructureError where nobody is there any more to ask, or to record what is trained."""
