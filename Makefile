@@ -26,7 +26,7 @@ lint: setup
 APART := tests/unit $(addprefix tests/integration/test_,announced_end.py chaos.py cluster_nodes.py elastic.py endings.py recovery.py security_runs.py)
 
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-apart test-others
+	TESTS_SIDE_BY_SIDE=1 $(MAKE) --jobs=2 --output-sync=target test-apart test-others
 
 test-apart:
 	$(BIN)/python -m pytest $(APART)

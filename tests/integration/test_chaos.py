@@ -25,10 +25,12 @@ from distlm.run_folder import RunFolder, read_json
 from distlm.tracking.records import read_metrics
 
 STEPS_PER_FAULT = 60
+TOLERANCE = 5e-5  # relative, of losses on another number of workers
 OUTAGE = "MLflow goes, and comes back two faults later"
 _SETTINGS = (
     "training.global_train_batch_size=32", "training.logging_steps=1", "training.save_steps=20",
     "training.eval_steps=30", "tracking.log_model=false", "recovery.step_timeout_s=4",
+    "training.learning_rate=1e-3",  # at higher ones rounding grows: the gradient has spikes
 )  # fmt: skip
 
 
@@ -163,8 +165,8 @@ def test_a_run_under_faults_ends_as_if_nothing_had_happened(
         server.wait_until_it_answers()
 
         found = {record.step: record.values["train/loss"] for record in losses(chaos.run)}
-        assert found == pytest.approx(expected, rel=1e-5)
-        assert found[last_step] == pytest.approx(expected[last_step], rel=1e-5)
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+        assert found[last_step] == pytest.approx(expected[last_step], rel=TOLERANCE)
         (recorded,) = [
             run
             for experiment in chaos.client.search_experiments()
@@ -175,7 +177,7 @@ def test_a_run_under_faults_ends_as_if_nothing_had_happened(
         assert sorted(point.step for point in points) == list(range(1, last_step + 1))
         evaluated = chaos.client.get_metric_history(recorded.info.run_id, "eval/loss")
         assert sorted(point.step for point in evaluated) == list(range(30, last_step + 1, 30))
-        assert {point.step: point.value for point in points} == pytest.approx(expected, rel=1e-5)
+        assert {point.step: point.value for point in points} == pytest.approx(expected, rel=TOLERANCE)
         place.require_nothing_left(chaos.run)
     finally:
         server.kill()
