@@ -197,9 +197,15 @@ def _count_gpus_with_torch() -> int:
     return torch.cuda.device_count()
 
 
+def on_node(node_id: str) -> Any:
+    """The scheduling strategy of a task or an actor that is to be on that node and on no other."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
 def on_this_node() -> Any:
     """Where an actor is to be that must not go with another node."""
     import ray
 
-    node_id = ray.get_runtime_context().get_node_id()
-    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return on_node(ray.get_runtime_context().get_node_id())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from distlm.controller.cluster import on_node
 from distlm.errors import Cause, ExitCode
 from distlm.outcome import Follower, Outcome
 from distlm.run_folder import AttemptFolder
@@ -121,9 +122,7 @@ def end_workers(workers: Sequence[WorkerProcess], attempt: AttemptFolder) -> dic
     here = ray.get_runtime_context().get_node_id()
     sights = {worker.rank: Sight("") for worker in workers}
     tasks = [
-        ray.remote(num_cpus=0, max_retries=0)(look_and_kill)
-        .options(scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False))
-        .remote(processes)
+        ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node))(look_and_kill).remote(processes)
         for node, processes in of_nodes.items()
         if node != here
     ]

@@ -11,7 +11,7 @@ from distlm.checkpoint.store import CheckpointStore
 from distlm.config.resolve import possible_world_sizes
 from distlm.config.schema import RunConfig
 from distlm.controller.capacity import choose_world_size, living_nodes, places
-from distlm.controller.cluster import Cluster
+from distlm.controller.cluster import Cluster, on_node
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder
 
@@ -58,9 +58,7 @@ def check_storage(config: RunConfig, run: RunFolder) -> None:
     token = secrets.token_hex(8)
     probe = ray.remote(num_cpus=0)(_write_probe)
     tasks = {
-        probe.options(
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
-        ).remote(str(run.path), f".probe-{token}-{node.id}"): node
+        probe.options(scheduling_strategy=on_node(node.id)).remote(str(run.path), f".probe-{token}-{node.id}"): node
         for node in living_nodes()
         if not node.is_draining
     }
