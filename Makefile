@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test test-apart test-others lint bench clean
+.PHONY: setup run test lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -22,17 +22,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes side by side: many tests wait for Ray and for time limits.
-APART := tests/unit $(addprefix tests/integration/test_,announced_end.py chaos.py cluster_nodes.py elastic.py endings.py recovery.py security_runs.py)
-
+# Two processes, each with a file at a time, in the order of the files: the quick ones are the last. Each test starts
+# many processes, which are to find their modules compiled.
 test: lint
-	TESTS_SIDE_BY_SIDE=1 $(MAKE) --jobs=2 --output-sync=target test-apart test-others
-
-test-apart:
-	$(BIN)/python -m pytest $(APART)
-
-test-others:
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART))
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python benchmarks/control_plane.py

@@ -195,7 +195,7 @@ class AttemptController:
 
     def _import_ahead(self) -> None:
         """Import what is needed next while another process prepares: 1.5 s for Ray Train, 2.5 s for MLflow."""
-        import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+        import distlm.controller.ray_train  # noqa: F401
 
         if "mlflow" in self.config.tracking.report_to and not (self._helper.is_done(0) or self.stop.is_asked):
             import mlflow  # noqa: F401

@@ -113,6 +113,9 @@ class RemoteTraceback(Exception):
 
 def _serve(pipe: Connection) -> None:
     end_with_parent()
+    # As in any process that was not spawned. Libraries make locks by the default; those of spawned processes have names
+    # in /dev/shm, which stay there if all is killed at once.
+    multiprocessing.set_start_method("fork", force=True)
     while True:
         function, arguments = pipe.recv()
         try:

@@ -53,9 +53,10 @@ class Incarnation:
     def _fit(self, config: RunConfig, cluster: Cluster, attempt: AttemptFolder, arguments: WorkerArguments) -> None:
         try:
             import ray.train
-            from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-            DataParallelTrainer(
+            from distlm.controller.ray_train import Trainer
+
+            Trainer(
                 run_worker,
                 train_loop_config=arguments.to_dict(),
                 backend_config=_backend_config(cluster.device),
@@ -70,6 +71,7 @@ class Incarnation:
                     storage_path=str(attempt.ray_train),
                     failure_config=ray.train.FailureConfig(max_failures=0),
                 ),
+                has_autoscaler=cluster.watch is not None,
             ).fit()
         except BaseException as error:  # noqa: BLE001 - carried over to the controller's thread
             self._error = error
@@ -85,9 +87,8 @@ class Incarnation:
 
 
 def remove_placement_groups(cluster: Cluster, ids: Set[str]) -> None:
-    """Give back what a worker group held, where Ray Train's own controller has died and cannot do it: Ray Train leaves
-    that to an actor that asks Ray's dashboard, which may not be there. `ids`: of the groups that workers have told of;
-    in a Ray of our own there are no others'."""
+    """Give back what a worker group held, where Ray Train's own controller has died and cannot do it. `ids`: of the
+    groups that workers have told of; in a Ray of our own there are no others'."""
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distlm.devices import garbage_collector_at_rest
 from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.worker.cpu_bf16 import use_fp32_kernels_for_bf16
 from distlm.worker.shared_memory import SharedMemory
@@ -172,7 +173,8 @@ def _prepare_deepspeed_import(settings: EngineSettings) -> None:
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed, several times per layer and step at stage 3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed.ops
+    with garbage_collector_at_rest():
+        import deepspeed.ops
 
     # Compiled for 40 to 60 s at first use, for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

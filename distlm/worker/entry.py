@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlm.devices import prepare_process_for_torch
+from distlm.devices import garbage_collector_at_rest, prepare_process_for_torch
 from distlm.errors import InfrastructureError
 from distlm.processes import ignore_signal
 from distlm.redact import redact_uri
@@ -140,20 +140,21 @@ def _train(
     pulse: Pulse,
     monitored_node: int | None,
 ) -> None:
-    import torch
+    with garbage_collector_at_rest():
+        import torch
 
-    torch.set_num_threads(told.cpus_per_worker)
-    serve()
-    from distlm.checkpoint.store import Checkpoint
-    from distlm.config.attempt import load_attempt
-    from distlm.config.resolve import at_world_size
-    from distlm.run_folder import read_json
-    from distlm.tracking.records import Record, now_ms
-    from distlm.worker.metrics import SystemMonitor
-    from distlm.worker.prepare import Prepared
-    from distlm.worker.rehearsal import make_sample_log
-    from distlm.worker.stop import StopFlag
-    from distlm.worker.train import WorkerContext, train
+        torch.set_num_threads(told.cpus_per_worker)
+        serve()
+        from distlm.checkpoint.store import Checkpoint
+        from distlm.config.attempt import load_attempt
+        from distlm.config.resolve import at_world_size
+        from distlm.run_folder import read_json
+        from distlm.tracking.records import Record, now_ms
+        from distlm.worker.metrics import SystemMonitor
+        from distlm.worker.prepare import Prepared
+        from distlm.worker.rehearsal import make_sample_log
+        from distlm.worker.stop import StopFlag
+        from distlm.worker.train import WorkerContext, train
 
     tell_phase_ended("import", told.checkpoint_step)
     run, attempt = RunFolder(Path(told.run_path)), AttemptFolder(Path(told.attempt_path))

@@ -47,7 +47,7 @@ CONFIG = {
     },
     "deepspeed": {"zero_stage": 2},
     "resources": {"num_workers": 2},
-    "tracking": {"system_metrics_interval_s": 1.0},
+    "tracking": {"system_metrics_interval_s": 1.0, "log_model": False},
 }  # fmt: skip
 START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 30.0
@@ -139,7 +139,7 @@ class Place:
         """What is new in /dev/shm and used by no process. Where other tests run beside this one, without the semaphores
         of multiprocessing, which those leave behind that kill their processes."""
         new = set(Path("/dev/shm").iterdir()) - self.shared_memory
-        if "TESTS_SIDE_BY_SIDE" in os.environ:
+        if "PYTEST_XDIST_WORKER" in os.environ:
             new = {path for path in new if not path.name.startswith("sem.mp-")}
         for process in psutil.process_iter() if new else ():
             with suppress(OSError):

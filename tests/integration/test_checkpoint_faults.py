@@ -396,7 +396,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         config: dict[str, Any] = copy.deepcopy(CONFIG)
         config["model"]["config"] |= {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}
         config["training"] |= {"logging_steps": 1, "save_steps": 10, "eval_steps": 1000, "save_total_limit": 2}
-        config["tracking"] |= {"log_model": False}
         yield Place(folder, config)
 
 

@@ -21,7 +21,7 @@ from distlm.tracking.records import read_metrics
 
 SETTINGS = (
     "training.global_train_batch_size=12", "training.per_device_train_batch_size=2", "training.logging_steps=1",
-    "training.save_steps=20", "training.eval_steps=null", "tracking.log_model=false", "resources.cpus_per_worker=1",
+    "training.save_steps=20", "training.eval_steps=null", "resources.cpus_per_worker=1",
     "training.learning_rate=1e-3",  # at higher ones rounding grows: the gradient has spikes
 )  # fmt: skip
 

@@ -103,7 +103,7 @@ class TestFailures:
         log = f"runs/{command.run.run_id}/attempts/001/logs/rank-00001.log"
         assert first.endswith(f"; log: {log}") and (place.folder / log).is_file()
         assert [follower["rank"] for follower in result["followers"]] == [0]
-        assert others[0].startswith("distlm:   rank 0 only followed: ") and "peer" in others[0]
+        assert others[0].startswith("distlm:   rank 0 only followed: ")  # it may have had no time to say more
         assert others[1:] == [f"distlm:   resume with: distlm resume {command.run.run_id}"]
         listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert not ports & listening
@@ -280,13 +280,6 @@ class TestStopping:
         require_ended(place, command, ExitCode.CANCELLED, "KILLED", "cancellation")
         assert "the controller was killed on request" in command.err
 
-    def test_sigterm_saves_and_says_continue_me(self, place: Place) -> None:
-        command = start(place)
-        command.process.send_signal(signal.SIGTERM)
-        require_ended(place, command, ExitCode.PREEMPTED, "KILLED", "preemption")
-        step = CheckpointStore(command.run.checkpoints).checkpoints()[0].step
-        assert f"preempted: stopped after step {step}, which is saved (SIGTERM)" in command.err
-
     def test_a_terminal_that_hangs_up_saves_too(self, place: Place) -> None:
         """As when a connection breaks: the kernel sends SIGHUP, and nothing can be printed any more."""
         ours, terminal = pty.openpty()
@@ -327,7 +320,7 @@ class TestStopping:
         assert "starting 2 workers" not in command.out and not place.mlflow_runs(command.run)
 
     def test_ctrl_c_while_the_model_is_uploaded_keeps_the_success(self, place: Place) -> None:
-        command = place.start("submit", "run.yaml", "training.max_steps=10")
+        command = place.start("submit", "run.yaml", "training.max_steps=10", "tracking.log_model=true")
         command.wait_for("uploading the model")
         command.process.send_signal(signal.SIGINT)
         assert command.wait(END_TIMEOUT_S) == ExitCode.SUCCEEDED, (command.out, command.err)
@@ -349,19 +342,21 @@ class TestStopping:
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not psutil.pid_exists(pid), END_TIMEOUT_S, "the end of the run")
         require_clean(place, command.run, ExitCode.PREEMPTED, "KILLED", "preemption")
-        assert f"resume with: distlm resume {command.run.run_id}" in output.read_text().splitlines()[-1]
+        step = CheckpointStore(command.run.checkpoints).checkpoints()[0].step
+        assert output.read_text().splitlines()[-2:] == [
+            f"distlm: preempted: stopped after step {step}, which is saved (SIGTERM)",
+            f"distlm: resume with: distlm resume {command.run.run_id}",
+        ]
 
 
 class TestKilled:
     """By SIGKILL, of which the killed one knows nothing."""
 
-    @pytest.mark.parametrize("is_suspended", [False, True])
-    def test_the_command(self, place: Place, is_suspended: bool) -> None:
+    def test_the_command(self, place: Place) -> None:
         command = start(place)
-        if is_suspended:  # by Ctrl-Z: it has not read all that it was told
-            command.process.send_signal(signal.SIGSTOP)
-            told = len(steps_reported(command.run))
-            wait_until(lambda: len(steps_reported(command.run)) > told + 2, 60, "more steps")
+        command.process.send_signal(signal.SIGSTOP)  # as by Ctrl-Z: it has not read all that it was told
+        told = len(steps_reported(command.run))
+        wait_until(lambda: len(steps_reported(command.run)) > told + 2, 60, "more steps")
         command.process.kill()
         command.process.wait()
         wait_until(lambda: not place.processes(), END_TIMEOUT_S, "the end of the controller")
@@ -402,7 +397,7 @@ class TestKilled:
 
 
 def test_events_for_programs(place: Place) -> None:
-    command = place.start("submit", "run.yaml", "--json", "training.max_steps=10", "tracking.log_model=false")
+    command = place.start("submit", "run.yaml", "--json", "training.max_steps=10")
     assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
     events = [json.loads(line) for line in command.out.splitlines()]
     assert command.err == ""

@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def success(place: Place) -> Command:
     """The first run, to its end."""
-    command = place.start("submit", "run.yaml", "profile.steps=12-13")
+    command = place.start("submit", "run.yaml", "profile.steps=12-13", "tracking.log_model=true")
     assert command.wait() == ExitCode.SUCCEEDED, (command.out, command.err)
     return command
 
