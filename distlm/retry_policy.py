@@ -26,6 +26,12 @@ class Decision:
     reason: str = ""
     """Why not, or which try it is, in one line."""
 
+    @property
+    def how(self) -> str:
+        """To stand behind what is tried again."""
+        pause = f"after {self.pause_s:g} s " if self.pause_s else ""
+        return f"{pause}({self.reason})"
+
 
 class RetryPolicy:
     """Tries again as long as the budget of the failure's cause lasts. A new checkpoint fills all budgets up.

@@ -145,18 +145,13 @@ def _supervise(run: RunFolder, attempt: AttemptFolder, config: RunConfig, view: 
         result = launcher.submit(launcher.build(config, run), attempt, view)
         if not result["needs_new_attempt"]:
             return result
-        if attempt.cancel_json.exists():  # it was to end anyway
-            tell_mlflow(attempt)
-            return result
         outcome = Outcome(ExitCode(result["exit_code"]), result["message"], cause=Cause(result["cause"]))
         decision = policy.decide(outcome, has_progressed=store.newest_step() > step_before)
-        if not decision.try_again:
-            tell_mlflow(attempt)
-            return result
-        pause = f" after {decision.pause_s:g} s" if decision.pause_s else ""
-        message = f"{outcome.cause}: {outcome.message}; a new attempt begins{pause} ({decision.reason})"
-        view.show(make_event("warning", message=message))
-        if not _pause(decision.pause_s):
+        goes_on = decision.try_again and not attempt.cancel_json.exists()
+        if goes_on:
+            message = f"{outcome.cause}: {outcome.message}; a new attempt begins {decision.how}"
+            view.show(make_event("warning", message=message))
+        if not goes_on or not _pause(decision.pause_s):
             tell_mlflow(attempt)
             return result
         loaded, changes = changed_config(run, [], launcher.check)

@@ -319,10 +319,8 @@ class AttemptController:
         self._retries.append(retry)
         recorder.record([{"kind": "event", "event": "retry", "timestamp_ms": now_ms(), **asdict(retry)}])
         where = f" on rank {retry.rank}{f' ({retry.host})' if retry.host else ''}" if retry.rank is not None else ""
-        pause = f" after {decision.pause_s:g} s" if decision.pause_s else ""
         self.progress.say(
-            f"warning: {retry.cause}{where}: {retry.message}; going on from step {retry.from_step}{pause} "
-            f"({decision.reason})"
+            f"warning: {retry.cause}{where}: {retry.message}; going on from step {retry.from_step} {decision.how}"
         )
 
     def _pause(self, seconds: float) -> None:

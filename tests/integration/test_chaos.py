@@ -1,5 +1,5 @@
 """One run under random faults ends as if nothing had happened: `pytest tests/integration/test_chaos.py
---chaos-seed N --chaos-faults 100` for a certain seed, or for a night."""
+--chaos-seed N --chaos-faults 100` for a certain seed, or for a night; with `-m nightly` other kinds of runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from labelled_runs import reviews, write_csv
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer, free_port
-from place import CONFIG, START_TIMEOUT_S, Place, wait_until
+from place import CONFIG, START_TIMEOUT_S, Command, Place, wait_until
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.errors import ExitCode
@@ -28,7 +30,7 @@ STEPS_PER_FAULT = 60
 TOLERANCE = 5e-5  # relative, of losses on another number of workers
 OUTAGE = "MLflow goes, and comes back two faults later"
 _SETTINGS = (
-    "training.global_train_batch_size=32", "training.logging_steps=1", "training.save_steps=20",
+    "training.global_train_batch_size=24", "training.logging_steps=1", "training.save_steps=20",
     "training.eval_steps=30", "recovery.step_timeout_s=4",
     "training.learning_rate=1e-3",  # at higher ones rounding grows: the gradient has spikes
 )  # fmt: skip
@@ -37,8 +39,11 @@ _SETTINGS = (
 class Chaos:
     """A run, the server that records it, and what can be done to both."""
 
-    def __init__(self, place: Place, server: MlflowServer, draw: random.Random, last_step: int) -> None:
-        self.place, self.server, self.draw = place, server, draw
+    def __init__(
+        self, place: Place, server: MlflowServer, draw: random.Random, num_workers: int, command: Command
+    ) -> None:
+        self.place, self.server, self.draw, self.num_workers = place, server, draw, num_workers
+        self.command = command
         self.faults: dict[str, Callable[[], None]] = {
             "a worker is killed": lambda: self._kill_worker(signal.SIGKILL),
             "a worker crashes": lambda: self._kill_worker(signal.SIGSEGV),
@@ -52,9 +57,6 @@ class Chaos:
             "the newest checkpoint is torn": self._tear_checkpoint,
             OUTAGE: self.server.kill,
         }
-        self.command = place.start(
-            "submit", "run.yaml", f"training.max_steps={last_step}", f"tracking.tracking_uri={server.uri}", *_SETTINGS
-        )
 
     @property
     def run(self) -> RunFolder:
@@ -106,7 +108,7 @@ class Chaos:
     def _resize(self) -> None:
         self.command.process.send_signal(self.draw.choice([signal.SIGTERM, signal.SIGHUP]))
         assert self.command.wait(60) == ExitCode.PREEMPTED, (self.command.out, self.command.err)
-        self._resume(f"resources.num_workers={self.draw.choice([1, 2])}")
+        self._resume(f"resources.num_workers={self.draw.randint(1, self.num_workers)}")
 
     def _resume(self, *overrides: str) -> None:
         run = self.run
@@ -130,16 +132,43 @@ def place(tmp_path: Path) -> Iterator[Place]:
         process.kill()
 
 
+def write_finetuning(place: Place) -> None:
+    """Make run.yaml that of a LoRA fine-tuning of what a short pretraining leaves."""
+    pretraining = place.start("submit", "run.yaml", "training.max_steps=1")
+    assert pretraining.wait(START_TIMEOUT_S) == ExitCode.SUCCEEDED, pretraining.err
+    write_csv(place.folder / "reviews.csv", reviews(300, 0))
+    config: dict[str, Any] = copy.deepcopy(CONFIG)
+    del config["tokenizer"]
+    config["task"] = {"type": "text-classification"}
+    config["model"] = {"name_or_path": f"run:{pretraining.run.run_id}"}
+    config["peft"] = {
+        "peft_type": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"
+    }  # fmt: skip
+    config["data"]["train"][0]["paths"] = ["reviews.csv"]
+    (place.folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+@pytest.mark.parametrize(
+    ("is_finetuning", "zero_stage", "num_workers"),
+    [
+        (False, 2, 2),
+        *(pytest.param(*kind, marks=pytest.mark.nightly) for kind in ((False, 3, 3), (True, 2, 3), (True, 3, 2))),
+    ],
+)
 def test_a_run_under_faults_ends_as_if_nothing_had_happened(
-    place: Place, tmp_path: Path, request: pytest.FixtureRequest
+    place: Place, tmp_path: Path, request: pytest.FixtureRequest, is_finetuning: bool, zero_stage: int, num_workers: int
 ) -> None:
     seed = request.config.getoption("--chaos-seed")
     num_faults = request.config.getoption("--chaos-faults")
     last_step = STEPS_PER_FAULT * (num_faults + 1)
+    if is_finetuning:
+        write_finetuning(place)
 
-    reference = place.start(
-        "submit", "run.yaml", f"training.max_steps={last_step}", "tracking.report_to=[]", *_SETTINGS
-    )
+    def start(*overrides: str) -> Command:
+        size = (f"deepspeed.zero_stage={zero_stage}", f"resources.num_workers={num_workers}")
+        return place.start("submit", "run.yaml", f"training.max_steps={last_step}", *_SETTINGS, *size, *overrides)
+
+    reference = start("tracking.report_to=[]")
     assert reference.wait(START_TIMEOUT_S) == ExitCode.SUCCEEDED, reference.err
     expected = {record.step: record.values["train/loss"] for record in losses(reference.run)}
     assert sorted(expected) == list(range(1, last_step + 1))
@@ -149,7 +178,7 @@ def test_a_run_under_faults_ends_as_if_nothing_had_happened(
     server = MlflowServer(tmp_path / "server", free_port())
     try:
         server.start()
-        chaos = Chaos(place, server, draw, last_step)
+        chaos = Chaos(place, server, draw, num_workers, start(f"tracking.tracking_uri={server.uri}"))
         names = draw.sample(sorted(chaos.faults), k=len(chaos.faults))[:num_faults]
         names += draw.choices(sorted(chaos.faults), k=num_faults - len(names))
         outages = [number for number, name in enumerate(names) if name == OUTAGE]
