@@ -13,7 +13,7 @@ from typing import TypeVar
 from distlm.errors import InfrastructureError
 
 _TIMEOUT_S = 10.0
-_NODE_TIMEOUT_S = 3.0
+_NODE_TIMEOUT_S = 2.0
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """What a client of gRPC sends first; the server answers in the same way, whoever asks."""
 _MAX_THREADS = 32

@@ -133,8 +133,7 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
             "RAY_worker_niceness": "0",
         }
     )
-    for library in ("GLOO", "NCCL"):  # their sockets, between the workers
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets, between the workers
     import ray
 
     cores = len(os.sched_getaffinity(0))

@@ -1,12 +1,16 @@
-"""The store through which workers on CPUs find each other: one listening socket in the process of rank 0.
+"""How workers on CPUs find each other: by a store, which is one listening socket in the process of rank 0, and at the
+addresses that Ray knows their nodes by.
 
-torch would make it by itself, on all addresses of the host and on a port that somebody else may have taken meanwhile.
+torch would make the store by itself, on all addresses of the host and on a port that somebody else may have taken
+meanwhile.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+
+import psutil
 
 _listener: socket.socket | None = None
 """Of this process, until torch is imported and takes it over."""
@@ -27,9 +31,20 @@ def listen(address: str) -> int:
     return int(_listener.getsockname()[1])
 
 
-def meet_at(address: str, port: int) -> None:
-    """What torchrun tells its workers, too: where the store is, and that none of them is to make one."""
+def meet_at(address: str, port: int, own_address: str) -> None:
+    """What torchrun tells its workers, too: where the store is, and that none of them is to make one. `own_address`:
+    where others reach this host. gloo takes the one that the host's name stands for, often loopback."""
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    if (interface := _interface_with(own_address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_with(address: str) -> str | None:
+    """The name of the network interface with that address; None: behind a translation of addresses, there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name
+    return None
 
 
 def serve() -> None:

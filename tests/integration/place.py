@@ -71,8 +71,8 @@ class Command:
         self._place = place
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "distlm.cli", *arguments], cwd=place.folder, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, env=place.environ,
+                [*place.where, sys.executable, "-m", "distlm.cli", *arguments], cwd=place.folder,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=place.environ,
             )  # fmt: skip
 
     @property
@@ -120,6 +120,8 @@ class Place:
         foreign = ("RAY_", "MLFLOW_", "HF_", "XDG_")
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.environ |= {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
+        self.where: tuple[str, ...] = ()
+        """Put before commands, runs them on another host."""
 
     def start(self, *arguments: str) -> Command:
         return Command(self, arguments)

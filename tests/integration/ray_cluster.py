@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hosts import Host
 from place import wait_until
 
 from distlm.processes import descendants
@@ -23,8 +24,8 @@ DEADLINE_IN_S = 600
 class RayCluster:
     """Its head and its other nodes, with token authentication."""
 
-    def __init__(self, folder: Path, num_cpus: int = 2) -> None:
-        """The head has `num_cpus`. The folder's path is short, as Ray needs it."""
+    def __init__(self, folder: Path, num_cpus: int = 2, host: Host | None = None) -> None:
+        """The head has `num_cpus`, and is on `host` or on this machine. The folder's path is short, as Ray needs it."""
         self._folder = folder
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environ |= {
@@ -35,27 +36,31 @@ class RayCluster:
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
         head = self._start(
-            "--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false", num_cpus=num_cpus
-        )
+            "--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false",
+            num_cpus=num_cpus, host=host,
+        )  # fmt: skip
         self.gcs = wait_until(lambda: self._child(head, "gcs_server"), START_TIMEOUT_S, "Ray's head")
-        host = next(part for part in self._command(self.gcs) if part.startswith("--node-ip-address="))
-        self.address = f"{host.partition('=')[2]}:{port}"
+        address = next(part for part in self._command(self.gcs) if part.startswith("--node-ip-address="))
+        self.address = f"{address.partition('=')[2]}:{port}"
 
-    def _start(self, *arguments: str, num_cpus: int = 2) -> subprocess.Popen[Any]:
+    def _start(self, *arguments: str, num_cpus: int, host: Host | None) -> subprocess.Popen[Any]:
         self._num_nodes += 1
+        where: tuple[str, ...] = host.command if host else ()
+        if host:
+            arguments = (*arguments, f"--node-ip-address={host.address}")
         with open(self._folder / f"node-{self._num_nodes}.log", "wb") as log:
             process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+                    *where, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
                     f"--num-cpus={num_cpus}", f"--object-store-memory={100 * 2**20}", f"--memory={2**30}", *arguments,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environ,
             )  # fmt: skip
         return process
 
-    def add_node(self, num_cpus: int, *arguments: str) -> psutil.Process:
+    def add_node(self, num_cpus: int, *arguments: str, host: Host | None = None) -> psutil.Process:
         """The raylet of a new node."""
-        node = self._start(f"--address={self.address}", *arguments, num_cpus=num_cpus)
+        node = self._start(f"--address={self.address}", *arguments, num_cpus=num_cpus, host=host)
         raylet: psutil.Process = wait_until(lambda: self._child(node, "raylet"), START_TIMEOUT_S, "a raylet")
         return raylet
 

@@ -314,12 +314,14 @@ def test_torchs_store_listens_on_the_address_of_rank_0_alone(
     address: str, bound_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all only where the address is not one of this host, but leads to it."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "")
     port = store.listen(address)
     assert store._listener is not None
     assert store._listener.getsockname() == (bound_to, port)
-    store.meet_at("127.0.0.1", port)
+    store.meet_at("127.0.0.1", port, "127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     early = socket.create_connection(("127.0.0.1", port), 5)  # it waits for the store
     store.serve()
     torch.distributed.TCPStore("127.0.0.1", port, is_master=False).set("key", "value")
