@@ -42,8 +42,9 @@ def hosts(count: int, private: Path) -> Iterator[list[Host]]:
         for number in range(count):
             name, address = f"{prefix}h{number}", f"{_SUBNET}.{number + 1}"
             _run("ip", "netns", "add", name)
-            made.append(("ip", "netns", "del", name))  # its cable goes with it
+            made.append(("ip", "netns", "del", name))
             _run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            made.append(("ip", "link", "del", name))  # connections that nobody has answered keep a network for minutes
             _run("ip", "link", "set", name, "master", bridge, "up")
             _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
