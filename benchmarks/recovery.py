@@ -61,12 +61,12 @@ class Job:
         """(step, when, number of workers or 0) in the order in which they were done."""
         raise NotImplementedError
 
-    def wait_for_step(self, step: int, since_s: float = 0.0, num_workers: int = 0) -> float:
-        """When such a step, or a later one, was done."""
+    def wait_for_step(self, step: int, since_s: float = 0.0, num_workers: int | None = None) -> float:
+        """When such a step, or a later one, was done; by so many workers, where a number is given."""
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             for done, at_s, workers in self.steps():
-                if done >= step and at_s > since_s and workers >= num_workers:
+                if done >= step and at_s > since_s and num_workers in (None, workers):
                     return at_s
             if self.process.poll() is not None:
                 break
@@ -201,8 +201,7 @@ def measure_resize(make: Callable[[Path, dict[str, str]], Job]) -> tuple[float, 
             time.sleep(5)
             began_s = time.time()
             node.kill()
-            highest = job.highest_step()
-            return grown_s, job.wait_for_step(highest + 1, began_s + 0.05) - began_s
+            return grown_s, job.wait_for_step(job.highest_step() + 1, began_s, num_workers=1) - began_s
         finally:
             job.end()
 
