@@ -51,8 +51,8 @@ def prepare_process_for_torch(num_threads: int) -> None:
 
 @contextmanager
 def garbage_collector_at_rest() -> Iterator[None]:
-    """For imports of many modules: the collector looks through all that they have made again and again, a sixth of
-    their time. From then on it leaves that alone."""
+    """For imports of many modules: the collector looks through all that they have made again and again, a seventh
+    of their time. From then on it leaves that alone."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
