@@ -25,6 +25,11 @@ class Follower:
     """It says the same as the first: they failed together."""
 
 
+def on_rank(rank: int | None, host: str | None) -> str:
+    """Where something has happened: " on rank 1 (node-7)", or nothing."""
+    return "" if rank is None else f" on rank {rank}" + (f" ({host})" if host else "")
+
+
 @dataclass(frozen=True)
 class Retry:
     """A failure after which new workers went on."""

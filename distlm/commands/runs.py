@@ -13,7 +13,8 @@ metrics.jsonl. Times are UTC in ISO 8601.
 
     status: the same, but `attempts` is an array, oldest first, of
             number, state, target, num_workers, zero_stage, started_at, ended_at, duration_s, exit_code, cause, message,
-            log; num_workers is [MIN, MAX] of an elastic run
+            log, retries; num_workers is [MIN, MAX] of an elastic run; retries are the failures that it went on after,
+            each with incarnation, cause, rank, host, message, step, from_step, failed_at
         and further
         task, model                 its type; where it comes from
         metrics                     {"train": {"step", "values"}, "eval": ...}; each null before its first point
@@ -32,6 +33,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,14 +43,18 @@ from distlm.commands.find import find_run
 from distlm.config.load import expanded
 from distlm.console import printable, say
 from distlm.errors import DistlmError, ExitCode, InputError
-from distlm.metrics_file import finite
+from distlm.metrics_file import finite, read_backwards
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
+from distlm.outcome import Retry, on_rank
 from distlm.redact import redact_uri
 from distlm.run_folder import RunFolder, runs_in
 from distlm.run_status import AttemptStatus, RunStatus, run_status, value_at
 from distlm.view.ending import command, next_steps, what_happened
 from distlm.view.state import EVALUATION_METRICS, format_duration, format_workers
 from distlm.view.table import Column, table
+
+_MAX_RETRIES = 5
+"""Of an attempt, that people see."""
 
 
 def list_runs(options: argparse.Namespace) -> int:
@@ -108,7 +114,7 @@ def _details(one: RunStatus) -> dict[str, Any]:
             "train": _point(metrics.train_step, metrics.train),
             "eval": _point(metrics.eval_step, metrics.eval),
         },
-        "attempts": [_attempt(attempt) for attempt in one.attempts],
+        "attempts": [_attempt(run, attempt) for attempt in one.attempts],
         "checkpoints": checkpoints,
         "last_good_step": last_good_step,
         "log": str(one.attempts[-1].log) if one.attempts else None,
@@ -120,7 +126,7 @@ def _details(one: RunStatus) -> dict[str, Any]:
     }
 
 
-def _attempt(attempt: AttemptStatus) -> dict[str, Any]:
+def _attempt(run: RunFolder, attempt: AttemptStatus) -> dict[str, Any]:
     return {
         "number": attempt.number,
         "state": attempt.state,
@@ -134,7 +140,24 @@ def _attempt(attempt: AttemptStatus) -> dict[str, Any]:
         "cause": attempt.cause,
         "message": attempt.message,
         "log": str(attempt.log) if attempt.log else None,
+        "retries": _retries(run, attempt),
     }
+
+
+def _retries(run: RunFolder, attempt: AttemptStatus) -> list[dict[str, Any]]:
+    """The failures that it went on after, in their order. Of one without a result they stand in its metrics.jsonl."""
+    told = attempt.result.get("retries")
+    if not attempt.result:
+        told = []
+        with suppress(OSError):  # the metrics are in the same file, and have named the damage
+            (folder,) = (folder for folder in run.attempts() if folder.number == attempt.number)
+            told = [m for m in read_backwards(folder.metrics_jsonl, b'"retry"') if m.get("event") == "retry"][::-1]
+    names, known = [field.name for field in fields(Retry)], []
+    for retry in told if isinstance(told, list) else []:
+        with suppress(KeyError, TypeError, ValueError, OverflowError):  # a part of it is damaged
+            datetime.fromisoformat(retry["failed_at"]).astimezone()
+            known.append({name: retry[name] for name in names})
+    return known
 
 
 def _point(step: int | None, values: Mapping[str, float]) -> dict[str, Any] | None:
@@ -252,6 +275,10 @@ def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
     lines += [f"  {name:<14}{printable(value)}" for name, value in known.items()]
     lines += ["", *_table_of_attempts(details["attempts"])] if details["attempts"] else ["  no attempt was begun"]
     for attempt in details["attempts"]:
+        if retries := attempt["retries"]:
+            several = "" if len(retries) == 1 else f" {len(retries)} failures, at last"
+            lines += ["", f"attempt {attempt['number']} went on after{several}:"]
+            lines += [f"  {printable(_retry(retry))}" for retry in retries[-_MAX_RETRIES:]]
         why = f" ({attempt['cause']})" if attempt["cause"] else ""
         told = ending if ending and attempt is details["attempts"][-1] else attempt["message"].splitlines()
         if told:
@@ -259,6 +286,11 @@ def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
             lines += [f"  {printable(line)}" for line in told]
     lines += ["", *(f"damaged: {printable(text)}" for text in details["damaged"])] if details["damaged"] else []
     return [*lines, "", *(f"next: {command}" for command in details["next"])]
+
+
+def _retry(retry: Mapping[str, Any]) -> str:
+    where = on_rank(retry["rank"], retry["host"])
+    return f"{_local(retry['failed_at'])}  {retry['cause']}{where}: {retry['message']}; from step {retry['from_step']}"
 
 
 def _table_of_attempts(attempts: list[dict[str, Any]]) -> list[str]:

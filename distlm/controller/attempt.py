@@ -44,7 +44,7 @@ from distlm.errors import (
     Problem,
     UnknownFormatError,
 )
-from distlm.outcome import Outcome, Retry, iso_time, tracker_status
+from distlm.outcome import Outcome, Retry, iso_time, on_rank, tracker_status
 from distlm.redact import copy_redacted
 from distlm.retry_policy import NO_RETRIES, Decision, RetryPolicy
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
@@ -318,7 +318,7 @@ class AttemptController:
         )
         self._retries.append(retry)
         recorder.record([{"kind": "event", "event": "retry", "timestamp_ms": now_ms(), **asdict(retry)}])
-        where = f" on rank {retry.rank}{f' ({retry.host})' if retry.host else ''}" if retry.rank is not None else ""
+        where = on_rank(retry.rank, retry.host)
         self.progress.say(
             f"warning: {retry.cause}{where}: {retry.message}; going on from step {retry.from_step} {decision.how}"
         )
@@ -342,6 +342,7 @@ class AttemptController:
         size."""
         import ray
 
+        cluster.require_alive()  # Ray waits for a minute for a head that has died meanwhile
         step = checkpoint.step if checkpoint else 0
         if step == prepared.total_steps:
             return Outcome(ExitCode.SUCCEEDED)

@@ -11,6 +11,7 @@ from typing import Any
 
 from distlm.config.resolve import MAY_CHANGE_ON_RESUME
 from distlm.errors import Cause, ExitCode, Problem
+from distlm.outcome import on_rank
 from distlm.run_folder import RunFolder
 
 _MAX_CHARACTERS, _MAX_FOLLOWER_CHARACTERS = 400, 120
@@ -82,12 +83,10 @@ def _first_line(result: Mapping[str, Any]) -> str:
 
 
 def _where(result: Mapping[str, Any]) -> str:
-    if result.get("rank") is None:
-        return ""
     followers = result.get("followers") or []
-    if followers and all(follower["is_same"] for follower in followers):
+    if result.get("rank") is not None and followers and all(follower["is_same"] for follower in followers):
         return f" on all {len(followers) + 1} ranks alike"
-    return f" on rank {result['rank']}" + (f" ({result['host']})" if result.get("host") else "")
+    return on_rank(result.get("rank"), result.get("host"))
 
 
 def _followers(result: Mapping[str, Any]) -> Iterator[str]:

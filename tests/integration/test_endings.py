@@ -152,12 +152,14 @@ class TestFailures:
             "training.per_device_train_batch_size=1024", "training.global_train_batch_size=2048",
             "model.config.hidden_size=256", "model.config.intermediate_size=4096",
         )  # fmt: skip
-        command = place.start("submit", "run.yaml", *ENDLESS, *large)
+        command = place.start("submit", "run.yaml", *ENDLESS, *large, "recovery.max_retries=9")
         (memory_limit / "cgroup.procs").write_text(str(command.process.pid))
         command.wait()
         result = require_ended(place, command, ExitCode.FAILED, "FAILED", "out of memory")
         first = command.err.splitlines()[0]
         assert f"failed on rank {result['rank']}" in first and ": out of memory: " in first
+        assert "the same in step 1 twice" in first
+        assert [retry["cause"] for retry in result["retries"]] == ["out of memory"]
         assert "lower training.per_device_train_batch_size (now 1024)" in first
 
 

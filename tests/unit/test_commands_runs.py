@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from distlm.cli import main
 from distlm.commands.find import find_run
 from distlm.errors import Cause, ExitCode, Problem
 from distlm.metrics_file import encode_line, read_backwards, read_lines
-from distlm.outcome import Follower, Outcome, write_result
+from distlm.outcome import Follower, Outcome, Retry, write_result
 from distlm.run_folder import RunFolder, lease, lease_holder, read_json, write_json
 from distlm.run_status import newest_metrics, run_status
 from distlm.tracking.records import Record
@@ -473,6 +474,25 @@ def test_status_says_what_the_command_said_at_its_end(
     *what, how = said
     assert "\n".join(f"  {line}" for line in what) in page
     assert all(command in how for command in expected), "the same ones"
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_status_says_what_an_attempt_went_on_after(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], has_ended: bool
+) -> None:
+    run = make_run(runs_dir)
+    attempt = make_attempt(run)
+    at = "2026-05-01T12:00:00+00:00"
+    retries = [Retry(n, Cause.NODE_LOST, 1, "node-7", f"silent, {n}", 124, 100, at) for n in range(1, 8)]
+    lines = [encode_line({"kind": "event", "event": "retry", **asdict(retry)}) for retry in retries]
+    attempt.metrics_jsonl.write_bytes(b"".join(lines))
+    if has_ended:
+        write_result(attempt, Outcome(ExitCode.FAILED, "why", retries=retries), 0.0)
+    (told,) = json.loads(out_of(capsys, "status", run.run_id, "--json"))["attempts"]
+    assert told["retries"] == [json.loads(json.dumps(asdict(retry))) for retry in retries]
+    page = out_of(capsys, "status", run.run_id)
+    assert "attempt 1 went on after 7 failures, at last:" in page
+    assert "node lost on rank 1 (node-7): silent, 7; from step 100" in page and "silent, 2" not in page
 
 
 def test_next_of_a_result_that_says_nothing(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
