@@ -20,8 +20,8 @@ from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import at_world_size, possible_world_sizes, semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
-from distlm.controller.capacity import choose_world_size, living_nodes, places
-from distlm.controller.cluster import Cluster, connect, on_this_node
+from distlm.controller.capacity import choose_world_size, on_this_node, places
+from distlm.controller.cluster import Cluster, connect
 from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.environment import versions
 from distlm.controller.first_failure import advice
@@ -110,7 +110,9 @@ class AttemptController:
             if not address:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
-            cluster = ray_scope.enter_context(connect(self.config.resources, self._possible_sizes, temporary_root))
+            cluster = ray_scope.enter_context(
+                connect(self.config.resources, self._possible_sizes, self.run.path, temporary_root)
+            )
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
             if address:
@@ -154,7 +156,7 @@ class AttemptController:
         self._stop_if_asked()
         self._first_size = preflight.check_capacity(self.config, cluster)
         preflight.check_quantization(self.config, cluster.device)
-        preflight.check_storage(self.config, self.run)
+        preflight.check_storage(self.run, cluster)
         self._stop_if_asked()
         self._phases.append(phase_ended("preflight", 1))
 
@@ -288,9 +290,9 @@ class AttemptController:
         while True:
             self._stop_if_asked()
             cluster.require_alive()
-            room = 0
-            with suppress(InfrastructureError):  # a silent head is the watch's affair
-                room = places(living_nodes(), cluster.device, cluster.cpus_per_worker)
+            cluster.watch.look()  # now, and not a second ago
+            self._tell_of_unfit_nodes(cluster.watch)
+            room = places(cluster.watch.nodes, cluster.device, cluster.cpus_per_worker)
             if (size := choose_world_size(self._possible_sizes, room)) is not None:
                 return size
             if time.monotonic() > deadline:
@@ -379,6 +381,7 @@ class AttemptController:
             self._provenance.record(recorder)
             cluster.require_alive()
             if cluster.watch:
+                self._tell_of_unfit_nodes(cluster.watch)
                 self._follow_nodes(cluster, cluster.watch, mailbox, num_workers)
             time.sleep(_POLL_INTERVAL_S)
             self._record(recorder, mailbox)
@@ -398,6 +401,10 @@ class AttemptController:
             remove_placement_groups(cluster, {worker.placement_group_id for worker in self._workers.values()})
         step_of_failure = outcome.step if outcome.step is not None else self._watchdog.step
         return replace(outcome, advice=advice(outcome.cause, config), step=step_of_failure)
+
+    def _tell_of_unfit_nodes(self, watch: ClusterWatch) -> None:
+        for problem in watch.new_problems():
+            self.progress.say(f"warning: a node is not used: every node must share {self.run.runs_dir}, but {problem}")
 
     def _follow_nodes(self, cluster: Cluster, watch: ClusterWatch, mailbox: Any, num_workers: int) -> None:
         """Have the workers save and stop where more could go on, or where some are on a node that is about to leave;

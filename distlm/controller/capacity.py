@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distlm.errors import InfrastructureError
 
@@ -113,3 +113,17 @@ def places(nodes: Sequence[Node], device: str, cpus_per_worker: int) -> int:
 def choose_world_size(possible: Sequence[int], places: int) -> int | None:
     """The largest of the possible numbers of workers that there are places for; None: there are too few for any."""
     return max((size for size in possible if size <= places), default=None)
+
+
+def on_node(node_id: str) -> Any:
+    """The scheduling strategy of a task or an actor that is to be on that node and on no other."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def on_this_node() -> Any:
+    """Where an actor is to be that must not go with another node."""
+    import ray
+
+    return on_node(ray.get_runtime_context().get_node_id())

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from distlm.config.schema import ResourcesConfig
 from distlm.controller.capacity import choose_world_size
 from distlm.controller.cluster_watch import ClusterWatch
+from distlm.controller.storage import SharedStorage
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
@@ -51,12 +51,18 @@ class Cluster:
     device: str
     """What workers compute on: cpu or cuda."""
     cpus_per_worker: int
+    storage: SharedStorage
+    """Knows which nodes see the run's folder."""
     logs: Path | None = None
     """Ray's own logs, where they vanish with the cluster; None: they stay on the cluster."""
     processes: Sequence[psutil.Process] = ()
     """Those of Ray that it cannot do without, where they were started here."""
     watch: ClusterWatch | None = None
     """Of a cluster that was joined, whose nodes come and go."""
+
+    def unfit_nodes(self) -> list[str]:
+        """Where no worker is to be: nodes that do not share the run's folder, or do not answer."""
+        return self.storage.unfit() + (self.watch.missing() if self.watch else [])
 
     def require_alive(self) -> None:
         """Raises RayLostError where Ray has lost what it cannot do without."""
@@ -84,18 +90,20 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def connect(resources: ResourcesConfig, possible: Sequence[int], temporary_root: Path | None) -> Iterator[Cluster]:
+def connect(
+    resources: ResourcesConfig, possible: Sequence[int], run_folder: Path, temporary_root: Path | None
+) -> Iterator[Cluster]:
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards. `possible`:
     the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for."""
     os.environ.update(_RAY_SETTINGS)
     if address := os.environ.get("RAY_ADDRESS"):
-        yield from _join(resources, address)
+        yield from _join(resources, SharedStorage(run_folder), address)
     else:
         assert temporary_root is not None
-        yield from _start(resources, possible, temporary_root)
+        yield from _start(resources, possible, SharedStorage(run_folder), temporary_root)
 
 
-def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
+def _join(resources: ResourcesConfig, storage: SharedStorage, address: str) -> Iterator[Cluster]:
     import ray
 
     try:
@@ -103,7 +111,7 @@ def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
             ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
-    watch = ClusterWatch()
+    watch = ClusterWatch(storage)
     try:
         total = ray.cluster_resources()
         device = resources.device
@@ -113,13 +121,15 @@ def _join(resources: ResourcesConfig, address: str) -> Iterator[Cluster]:
             share = 1
         else:
             share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
-        yield Cluster(device, resources.cpus_per_worker or share, watch=watch)
+        yield Cluster(device, resources.cpus_per_worker or share, storage, watch=watch)
     finally:
         watch.close()
         ray.shutdown()
 
 
-def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: Path) -> Iterator[Cluster]:
+def _start(
+    resources: ResourcesConfig, possible: Sequence[int], storage: SharedStorage, temporary_root: Path
+) -> Iterator[Cluster]:
     os.environ.update(
         {
             # Ray looks for a running cluster below its default temp root, where other runs may have left stale files.
@@ -163,7 +173,7 @@ def _start(resources: ResourcesConfig, possible: Sequence[int], temporary_root: 
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         logs = temporary_root / "ray" / "session_latest" / "logs"
-        yield Cluster(device, cpus_per_worker, logs, _vital_processes(others))
+        yield Cluster(device, cpus_per_worker, storage, logs, _vital_processes(others))
     finally:
         _stop_ray(others)
 
@@ -194,17 +204,3 @@ def _count_gpus_with_torch() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def on_node(node_id: str) -> Any:
-    """The scheduling strategy of a task or an actor that is to be on that node and on no other."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(node_id, soft=False)
-
-
-def on_this_node() -> Any:
-    """Where an actor is to be that must not go with another node."""
-    import ray
-
-    return on_node(ray.get_runtime_context().get_node_id())

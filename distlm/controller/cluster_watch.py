@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from distlm.controller.capacity import Node, living_nodes
+from distlm.controller.storage import SharedStorage
 from distlm.errors import InfrastructureError, RayLostError
 
 _INTERVAL_S = 1.0
@@ -18,9 +20,10 @@ _NUM_MISSES = 3
 class ClusterWatch:
     """The nodes that there are, as seen by a thread."""
 
-    def __init__(self, look: Callable[[], Sequence[Node]] = living_nodes) -> None:
-        self._look = look
+    def __init__(self, storage: SharedStorage, look: Callable[[], Sequence[Node]] = living_nodes) -> None:
+        self._look, self._storage = look, storage
         self._nodes: Sequence[Node] = ()
+        self._problems: deque[str] = deque()
         self._num_misses: dict[str, int] = {}
         self._seen_s = time.monotonic()
         self._problem = ""
@@ -29,11 +32,19 @@ class ClusterWatch:
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """Those that are alive; empty before the first look."""
+        """Those that are alive and share the run's folder; empty before the first look."""
         return self._nodes
+
+    def new_problems(self) -> list[str]:
+        """What is wrong with nodes that have come, each told once."""
+        return [self._problems.popleft() for _ in range(len(self._problems))]
 
     def is_gone(self, node_id: str) -> bool:
         return self._num_misses.get(node_id, 0) >= _NUM_MISSES
+
+    def missing(self) -> list[str]:
+        """Nodes that were there, and were not at the last look. Ray may place workers on them for a minute yet."""
+        return [node for node, misses in self._num_misses.items() if misses]
 
     def require_head(self) -> None:
         """Raises RayLostError where the head has been silent for long."""
@@ -54,7 +65,10 @@ class ClusterWatch:
         here = {node.id for node in nodes}
         known = here | self._num_misses.keys()
         self._num_misses = {node: 0 if node in here else self._num_misses.get(node, 0) + 1 for node in known}
-        self._nodes, self._seen_s, self._problem = nodes, time.monotonic(), ""
+        self._storage.ask(nodes)
+        self._problems.extend(self._storage.collect())
+        self._nodes = [node for node in nodes if self._storage.shares(node)]
+        self._seen_s, self._problem = time.monotonic(), ""
 
     def _run(self) -> None:
         while not self._closed.wait(_INTERVAL_S):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from distlm.controller.cluster import on_node
+from distlm.controller.capacity import on_node
 from distlm.errors import Cause, ExitCode
 from distlm.outcome import Follower, Outcome
 from distlm.run_folder import AttemptFolder

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import secrets
 import shutil
-from pathlib import Path
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.config.resolve import possible_world_sizes
 from distlm.config.schema import RunConfig
 from distlm.controller.capacity import choose_world_size, living_nodes, places
-from distlm.controller.cluster import Cluster, on_node
+from distlm.controller.cluster import Cluster
 from distlm.errors import InputError, Problem
 from distlm.run_folder import RunFolder
 
@@ -51,29 +49,11 @@ def check_quantization(config: RunConfig, device: str) -> None:
         raise InputError(Problem("needs the package bitsandbytes: pip install bitsandbytes", key))
 
 
-def check_storage(config: RunConfig, run: RunFolder) -> None:
-    """Have every node write a file into the run's folder, and see all of them from here."""
-    import ray
-
-    token = secrets.token_hex(8)
-    probe = ray.remote(num_cpus=0)(_write_probe)
-    tasks = {
-        probe.options(scheduling_strategy=on_node(node.id)).remote(str(run.path), f".probe-{token}-{node.id}"): node
-        for node in living_nodes()
-        if not node.is_draining
-    }
-    try:
-        done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=_NODE_TIMEOUT_S)
-        problems = [f"{tasks[task].host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for task in late]
-        for task in done:
-            node, failure = tasks[task], ray.get(task)
-            if failure:
-                problems.append(f"{node.host} cannot write there ({failure})")
-            elif not (run.path / f".probe-{token}-{node.id}").exists():
-                problems.append(f"{node.host} writes to another folder of that name; it is not shared")
-    finally:
-        for file in run.path.glob(f".probe-{token}-*"):
-            file.unlink(missing_ok=True)
+def check_storage(run: RunFolder, cluster: Cluster) -> None:
+    """Raise InputError if not every node shares the run's folder."""
+    cluster.storage.ask(living_nodes())
+    problems = cluster.storage.collect(_NODE_TIMEOUT_S)
+    problems += [f"{node.host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for node in cluster.storage.silent()]
     if problems:
         raise InputError(
             *(
@@ -81,14 +61,6 @@ def check_storage(config: RunConfig, run: RunFolder) -> None:
                 for text in problems
             )
         )
-
-
-def _write_probe(folder: str, name: str) -> str:
-    try:
-        Path(folder, name).write_text("distlm", encoding="utf-8")
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
 
 
 def check_free_space(config: RunConfig, run: RunFolder, num_parameters: int) -> None:

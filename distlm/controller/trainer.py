@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -64,6 +64,7 @@ class Incarnation:
                     num_workers=config.resources.world_size,
                     use_gpu=cluster.device == "cuda",
                     resources_per_worker={"CPU": cluster.cpus_per_worker},
+                    label_selector=_not_on(cluster.unfit_nodes()),
                 ),
                 # Retries are decided by our own loop.
                 run_config=ray.train.RunConfig(
@@ -97,6 +98,13 @@ def remove_placement_groups(cluster: Cluster, ids: Set[str]) -> None:
     for group in filter(None, ids):
         with suppress(ray.exceptions.RayError):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def _not_on(nodes: Sequence[str]) -> dict[str, str] | None:
+    """What keeps workers off some nodes."""
+    import ray
+
+    return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(nodes)})"} if nodes else None
 
 
 def _backend_config(device: str) -> Any:

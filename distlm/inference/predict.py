@@ -216,7 +216,7 @@ def _predict_on_ray(
         progress.stream = scope.enter_context(_output_to(parts.log))
         scope.enter_context(no_descendants_left())
         root = scope.enter_context(nullcontext(None) if os.environ.get("RAY_ADDRESS") else temporary_root())
-        cluster = scope.enter_context(connect(resources, [num_workers], root))
+        cluster = scope.enter_context(connect(resources, [num_workers], run.path, root))
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 

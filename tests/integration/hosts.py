@@ -19,8 +19,8 @@ class Host:
     address: str
     command: tuple[str, ...]
     """Runs on the host the command that is put behind it."""
-    link: str
-    """This machine's end of the host's cable."""
+    link: str = ""
+    """This machine's end of the host's cable; empty: it has none of its own."""
 
     def cut_off(self) -> None:
         """As if the cable was pulled: no connection is reset."""

@@ -3,12 +3,14 @@ and its losses are those of a run on one worker that nothing has happened to."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from elastic_runs import SETTINGS, losses, make_place, require_each_step_once, wait_for_steps
+from hosts import Host
 from place import START_TIMEOUT_S, Place, wait_until
 from ray_cluster import RayCluster
 
@@ -61,3 +63,20 @@ def test_1_3_2_1_workers_by_nodes_that_come_and_go(
     straight = place.start("submit", "run.yaml", *settings, f"training.max_steps={last_step}", "tracking.report_to=[]")
     assert straight.wait() == ExitCode.SUCCEEDED, straight.err
     assert found == pytest.approx(losses(straight.run), rel=tolerance)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a folder can be hidden from a node by root only")
+def test_a_node_that_does_not_share_the_folder_is_not_used(place: Place, ray_cluster: RayCluster) -> None:
+    place.environ |= ray_cluster.environ_of_driver
+    command = place.start("submit", "run.yaml", *SETTINGS, "training.max_steps=3000", "resources.num_workers=[1,2]")
+    wait_for_steps(command, 1, 1)
+    hide = f'mount -t tmpfs tmpfs {place.folder}; exec "$@"'
+    address = ray_cluster.address.partition(":")[0]
+    ray_cluster.add_node(2, host=Host(address, ("unshare", "--mount", "sh", "-c", hide, "sh")))
+    command.wait_for(f"warning: a node is not used: every node must share {place.runs_dir}, but ")
+    ray_cluster.add_node(1)
+    wait_for_steps(command, 2, 10)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == ExitCode.PREEMPTED, (command.out, command.err)
+    assert read_json(command.run.attempts()[-1].result_json)["retries"] == []
+    require_each_step_once(place, command.run)

@@ -26,15 +26,39 @@ class Looks:
         return self.found
 
 
+class Storage:
+    """Which nodes share it; the others do not say so before they are in `problems`."""
+
+    def __init__(self) -> None:
+        self.shared: set[str] = {"one", "two"}
+        self.problems: list[str] = []
+        self.asked: list[Sequence[Node]] = []
+
+    def ask(self, nodes: Sequence[Node]) -> None:
+        self.asked.append(nodes)
+
+    def collect(self) -> list[str]:
+        told, self.problems = self.problems, []
+        return told
+
+    def shares(self, node: Node) -> bool:
+        return node.id in self.shared
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage()
+
+
 @pytest.fixture
 def looks() -> Looks:
     return Looks()
 
 
 @pytest.fixture
-def watch(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterWatch]:
+def watch(looks: Looks, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterWatch]:
     monkeypatch.setattr(cluster_watch, "_INTERVAL_S", 1e6)  # the tests look themselves
-    watch = ClusterWatch(looks)
+    watch = ClusterWatch(storage, looks)  # type: ignore[arg-type]
     yield watch
     watch.close()
 
@@ -46,10 +70,26 @@ def test_a_node_is_gone_after_three_looks_without_it(looks: Looks, watch: Cluste
     for expected in (False, False, True):
         watch.look()
         assert (watch.is_gone("one"), watch.is_gone("two")) == (False, expected)
-    assert watch.nodes == (ONE,)
+        assert watch.missing() == ["two"]
+    assert watch.nodes == [ONE]
     looks.found = (ONE, TWO)
     watch.look()
-    assert not watch.is_gone("two")
+    assert not watch.is_gone("two") and watch.missing() == []
+
+
+def test_a_node_that_does_not_share_the_folder_is_not_there_and_is_told_of_once(
+    storage: Storage, watch: ClusterWatch
+) -> None:
+    storage.shared = {"one"}
+    watch.look()
+    assert watch.nodes == [ONE] and watch.new_problems() == [] and storage.asked == [(ONE, TWO)]
+    storage.problems = ["two cannot write there"]
+    watch.look()
+    assert watch.nodes == [ONE] and not watch.is_gone("two")
+    assert (watch.new_problems(), watch.new_problems()) == (["two cannot write there"], [])
+    storage.shared.add("two")
+    watch.look()
+    assert watch.nodes == [ONE, TWO]
 
 
 def test_a_node_that_is_seen_now_and_then_is_not_gone(looks: Looks, watch: ClusterWatch) -> None:
@@ -67,7 +107,7 @@ def test_a_silent_head_makes_no_node_gone_and_is_given_up_after_a_while(
     for _ in range(5):
         watch.look()
     watch.require_head()
-    assert watch.nodes == (ONE, TWO) and not watch.is_gone("two")
+    assert watch.nodes == [ONE, TWO] and not watch.is_gone("two")
     monkeypatch.setattr(cluster_watch, "_HEAD_TIMEOUT_S", 0.0)
     with pytest.raises(RayLostError, match="the head does not answer"):
         watch.require_head()
