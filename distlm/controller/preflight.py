@@ -52,8 +52,10 @@ def check_quantization(config: RunConfig, device: str) -> None:
 def check_storage(run: RunFolder, cluster: Cluster) -> None:
     """Raise InputError if not every node shares the run's folder."""
     cluster.storage.ask(living_nodes())
-    problems = cluster.storage.collect(_NODE_TIMEOUT_S)
-    problems += [f"{node.host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for node in cluster.storage.silent()]
+    cluster.storage.collect(_NODE_TIMEOUT_S)
+    problems = cluster.storage.problems() + [
+        f"{node.host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for node in cluster.storage.silent()
+    ]
     if problems:
         raise InputError(
             *(

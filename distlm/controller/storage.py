@@ -51,6 +51,10 @@ class SharedStorage:
                     told += [problem] * bool(problem)
         return told
 
+    def problems(self) -> list[str]:
+        """All that is known to be wrong, whoever has collected it."""
+        return [problem for problem in self._problems.values() if problem]
+
     def silent(self) -> list[Node]:
         """Those that have not answered yet."""
         return list(self._tasks.values())
