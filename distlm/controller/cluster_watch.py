@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from distlm.controller.capacity import Node, living_nodes
@@ -23,7 +22,7 @@ class ClusterWatch:
     def __init__(self, storage: SharedStorage, look: Callable[[], Sequence[Node]] = living_nodes) -> None:
         self._look, self._storage = look, storage
         self._nodes: Sequence[Node] = ()
-        self._problems: deque[str] = deque()
+        self._num_told = 0
         self._num_misses: dict[str, int] = {}
         self._seen_s = time.monotonic()
         self._problem = ""
@@ -37,7 +36,9 @@ class ClusterWatch:
 
     def new_problems(self) -> list[str]:
         """What is wrong with nodes that have come, each told once."""
-        return [self._problems.popleft() for _ in range(len(self._problems))]
+        problems = self._storage.problems()[self._num_told :]
+        self._num_told += len(problems)
+        return problems
 
     def is_gone(self, node_id: str) -> bool:
         return self._num_misses.get(node_id, 0) >= _NUM_MISSES
@@ -66,7 +67,7 @@ class ClusterWatch:
         known = here | self._num_misses.keys()
         self._num_misses = {node: 0 if node in here else self._num_misses.get(node, 0) + 1 for node in known}
         self._storage.ask(nodes)
-        self._problems.extend(self._storage.collect())
+        self._storage.collect()
         self._nodes = [node for node in nodes if self._storage.shares(node)]
         self._seen_s, self._problem = time.monotonic(), ""
 

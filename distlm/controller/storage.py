@@ -36,23 +36,20 @@ class SharedStorage:
                     task = write.options(scheduling_strategy=on_node(node.id)).remote(str(self._file(node)))
                     self._tasks[task] = node
 
-    def collect(self, timeout_s: float = 0.0) -> list[str]:
-        """What is wrong with nodes that have answered by then and not before, one line each."""
+    def collect(self, timeout_s: float = 0.0) -> None:
+        """Take the answers that there are by then."""
         import ray
 
-        told = []
         with self._lock:
             tasks = list(self._tasks)
             done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=timeout_s) if tasks else ([], [])
             for task in done:
                 node = self._tasks.pop(task)
                 with suppress(ray.exceptions.RayError):  # it has gone; if it comes back, it is asked again
-                    problem = self._problems[node.id] = self._problem(node, ray.get(task))
-                    told += [problem] * bool(problem)
-        return told
+                    self._problems[node.id] = self._problem(node, ray.get(task))
 
     def problems(self) -> list[str]:
-        """All that is known to be wrong, whoever has collected it."""
+        """What is wrong with nodes that have answered, one line each, in the order of their answers."""
         return [problem for problem in self._problems.values() if problem]
 
     def silent(self) -> list[Node]:

@@ -27,19 +27,21 @@ class Looks:
 
 
 class Storage:
-    """Which nodes share it; the others do not say so before they are in `problems`."""
+    """Which nodes share it, and what is told of others."""
 
     def __init__(self) -> None:
         self.shared: set[str] = {"one", "two"}
-        self.problems: list[str] = []
+        self.told: list[str] = []
         self.asked: list[Sequence[Node]] = []
 
     def ask(self, nodes: Sequence[Node]) -> None:
         self.asked.append(nodes)
 
-    def collect(self) -> list[str]:
-        told, self.problems = self.problems, []
-        return told
+    def collect(self) -> None:
+        pass
+
+    def problems(self) -> list[str]:
+        return self.told
 
     def shares(self, node: Node) -> bool:
         return node.id in self.shared
@@ -83,7 +85,7 @@ def test_a_node_that_does_not_share_the_folder_is_not_there_and_is_told_of_once(
     storage.shared = {"one"}
     watch.look()
     assert watch.nodes == [ONE] and watch.new_problems() == [] and storage.asked == [(ONE, TWO)]
-    storage.problems = ["two cannot write there"]
+    storage.told = ["two cannot write there"]
     watch.look()
     assert watch.nodes == [ONE] and not watch.is_gone("two")
     assert (watch.new_problems(), watch.new_problems()) == (["two cannot write there"], [])
