@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,12 @@ def connect(
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards. `possible`:
     the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for."""
     os.environ.update(_RAY_SETTINGS)
-    if address := os.environ.get("RAY_ADDRESS"):
-        yield from _join(resources, SharedStorage(run_folder), address)
-    else:
-        assert temporary_root is not None
-        yield from _start(resources, possible, SharedStorage(run_folder), temporary_root)
+    with closing(SharedStorage(run_folder)) as storage:
+        if address := os.environ.get("RAY_ADDRESS"):
+            yield from _join(resources, storage, address)
+        else:
+            assert temporary_root is not None
+            yield from _start(resources, possible, storage, temporary_root)
 
 
 def _join(resources: ResourcesConfig, storage: SharedStorage, address: str) -> Iterator[Cluster]:

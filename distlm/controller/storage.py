@@ -64,6 +64,11 @@ class SharedStorage:
         """The nodes that have not."""
         return [name for name, problem in self._problems.items() if problem] + [node.id for node in self.silent()]
 
+    def close(self) -> None:
+        """Remove what was written by nodes that were not waited for."""
+        for file in self._folder.glob(f".probe-{self._token}-*"):
+            file.unlink(missing_ok=True)
+
     def _file(self, node: Node) -> Path:
         return self._folder / f".probe-{self._token}-{node.id}"
 
