@@ -94,7 +94,8 @@ def connect(
     resources: ResourcesConfig, possible: Sequence[int], run_folder: Path, temporary_root: Path | None
 ) -> Iterator[Cluster]:
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards. `possible`:
-    the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for."""
+    the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for. Nodes
+    are to share `run_folder`."""
     os.environ.update(_RAY_SETTINGS)
     with closing(SharedStorage(run_folder)) as storage:
         if address := os.environ.get("RAY_ADDRESS"):
