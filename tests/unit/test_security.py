@@ -314,9 +314,9 @@ def test_torchs_store_listens_on_the_address_of_rank_0_alone(
     address: str, bound_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all only where the address is not one of this host, but leads to it."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
-        monkeypatch.setenv(name, "")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     port = store.listen(address)
     assert store._listener is not None
     assert store._listener.getsockname() == (bound_to, port)
