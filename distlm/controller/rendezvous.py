@@ -22,19 +22,11 @@ class RendezvousConfig(BackendConfig):
 class _Rendezvous(Backend):
     def on_start(self, worker_group: object, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, _listen)  # type: ignore[attr-defined]
-        worker_group.execute(_meet_at, address, port)  # type: ignore[attr-defined]
+        worker_group.execute(meet_at, address, port)  # type: ignore[attr-defined]
 
 
 def _listen() -> tuple[str, int]:
-    address = _own_address()
-    return address, listen(address)
-
-
-def _meet_at(address: str, port: int) -> None:
-    meet_at(address, port, _own_address())
-
-
-def _own_address() -> str:
     import ray
 
-    return str(ray.util.get_node_ip_address())
+    address = ray.util.get_node_ip_address()
+    return address, listen(address)

@@ -24,7 +24,7 @@ from distlm.run_folder import AttemptFolder, RunFolder, run_created_s
 from distlm.tracking.startup import Phase, phase_ended
 from distlm.worker.failure import failure_message
 from distlm.worker.pulse import Pulse
-from distlm.worker.store import serve
+from distlm.worker.store import listen_at, serve
 
 _DELIVERY_TIMEOUT_S = 10.0
 _CONFIRMATION_TIMEOUT_S = 60.0
@@ -83,6 +83,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             LOCAL_RANK=str(place.get_local_rank()),
             LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
         )
+        listen_at(ray.util.get_node_ip_address())
         prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
         _train(told, rank, tell_phase_ended, pulse, place.get_node_rank() if place.get_local_rank() == 0 else None)
     except Exception as error:

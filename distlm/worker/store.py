@@ -1,5 +1,5 @@
-"""How workers on CPUs find each other: by a store, which is one listening socket in the process of rank 0, and at the
-addresses that Ray knows their nodes by.
+"""How workers find each other: those on CPUs by a store, which is one listening socket in the process of rank 0; and
+by gloo at the addresses that Ray knows their nodes by.
 
 torch would make the store by itself, on all addresses of the host and on a port that somebody else may have taken
 meanwhile.
@@ -31,11 +31,15 @@ def listen(address: str) -> int:
     return int(_listener.getsockname()[1])
 
 
-def meet_at(address: str, port: int, own_address: str) -> None:
-    """What torchrun tells its workers, too: where the store is, and that none of them is to make one. `own_address`:
-    where others reach this host. gloo takes the one that the host's name stands for, often loopback."""
+def meet_at(address: str, port: int) -> None:
+    """What torchrun tells its workers, too: where the store is, and that none of them is to make one."""
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    if (interface := _interface_with(own_address)) is not None:
+
+
+def listen_at(address: str) -> None:
+    """Have gloo, which saves checkpoints on GPUs, too, listen where others reach this host. By itself it takes the
+    address that the host's name stands for, often loopback."""
+    if (interface := _interface_with(address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 

@@ -320,7 +320,8 @@ def test_torchs_store_listens_on_the_address_of_rank_0_alone(
     port = store.listen(address)
     assert store._listener is not None
     assert store._listener.getsockname() == (bound_to, port)
-    store.meet_at("127.0.0.1", port, "127.0.0.1")
+    store.meet_at("127.0.0.1", port)
+    store.listen_at("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     early = socket.create_connection(("127.0.0.1", port), 5)  # it waits for the store
     store.serve()
