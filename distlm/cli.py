@@ -35,12 +35,19 @@ _EXAMPLES = {
   distlm submit configs/pretrain.yaml
   distlm submit configs/pretrain.yaml training.max_steps=1000 seed=7
   distlm submit configs/pretrain.yaml --dry-run
+  distlm submit configs/pretrain.yaml --target slurm slurm.nodes=2
   distlm submit run:last
 
 Ctrl-C finishes the step, saves a checkpoint and says how to resume; a second
 one stops now. SIGTERM and SIGUSR2 do what one Ctrl-C does, with exit code 75.""",
+    "render": """
+  distlm render configs/pretrain.yaml --target slurm > pretrain.sbatch""",
+    "logs": """
+  distlm logs last -f
+  distlm logs 20260131-23 --rank 1""",
     "resume": """
   distlm resume last
+  distlm resume last --target slurm
   distlm resume 20260131-23 training.max_steps=20000
   distlm resume last resources.num_workers=4 deepspeed.zero_stage=3""",
     "cancel": """
@@ -85,6 +92,8 @@ one stops now. SIGTERM and SIGUSR2 do what one Ctrl-C does, with exit code 75.""
   distlm evaluate last test.csv
   distlm evaluate last test.conll --step best --out scores""",
 }
+
+_TARGETS = ("local", "slurm")
 
 _CHECKPOINTS_EPILOG = """states:
   committed    whole: the manifest is good, the files are there in its sizes;
@@ -156,8 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = verbs.add_parser(
         "submit",
         help="train a run from its config",
-        description="Train a run from its config, on this machine or on the Ray cluster that RAY_ADDRESS names. "
-        "Everything that it leaves is in runs/RUN_ID.",
+        description="Train a run from its config: on this machine, on the Ray cluster that RAY_ADDRESS names, or by "
+        "--target elsewhere. Everything that it leaves is in runs/RUN_ID. A run elsewhere is followed until it ends; "
+        "Ctrl-C then leaves it alone.",
     )
     submit.add_argument(
         "config",
@@ -166,8 +176,20 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file; or run:RUN, for a new run equal to RUN: its id (or its beginning), folder, or 'last'",
     )
     submit.add_argument("--runs-dir", type=Path, help="where RUN is (default: runs)")
-    submit.add_argument("--dry-run", action="store_true", help="print the resolved config and the command, do nothing")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and what would be sent, do nothing"
+    )
     submit.set_defaults(verb=_later("submit", "submit"))
+
+    render = verbs.add_parser(
+        "render",
+        help="print what a target is sent for a config",
+        description="Print what a target is sent for a new run of a config, for the target's own commands. Does "
+        "nothing.",
+    )
+    render.add_argument("config", type=Path, help="YAML file")
+    _add_overrides(render)
+    render.set_defaults(verb=_later("submit", "render"))
 
     resume = verbs.add_parser(
         "resume",
@@ -178,10 +200,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(resume)
     _add_runs_dir(resume)
     resume.set_defaults(verb=_later("submit", "resume"))
+    for verb in (submit, resume, render):
+        verb.add_argument("--target", choices=_TARGETS, help="where to run (default: resources.target, which is local)")
     for verb in (submit, resume):
         _add_overrides(verb)
-        verb.add_argument("--detach", action="store_true", help="return at once, the run goes on in the background")
+        verb.add_argument("--detach", action="store_true", help="return at once, the run goes on")
         verb.add_argument("--json", action="store_true", help="print events for programs, one line of JSON each")
+
+    logs = verbs.add_parser(
+        "logs",
+        help="print the log of a run, or follow it",
+        description="Print what the newest attempt of a run has shown, from any machine that sees the run's folder. "
+        "With -f, follow the run through its attempts until it has ended, and exit with its code.",
+    )
+    _add_run(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
+    logs.add_argument("--rank", type=_count, metavar="N", help="what the worker of that rank has printed instead")
+    logs.add_argument("--attempt", type=_positive, metavar="N", help="of that attempt (default: the newest)")
+    _add_runs_dir(logs)
+    logs.set_defaults(verb=_later("follow", "logs"))
 
     cancel = verbs.add_parser(
         "cancel",

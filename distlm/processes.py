@@ -48,7 +48,7 @@ def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
 
     here = psutil.Process()
     others = set(here.children())
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     try:
         yield
     finally:
@@ -56,6 +56,11 @@ def no_descendants_left(timeout_s: float = 5.0) -> Iterator[None]:
             if left := [child for child in here.children() if child not in others]:
                 end_processes([*left, *(below for child in left for below in descendants(child))], timeout_s)
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def adopt_orphans() -> None:
+    """From now on the kernel makes processes descended from this one, whose parent dies, children of this one."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(process: psutil.Process, *, recursive: bool = True) -> list[psutil.Process]:

@@ -9,8 +9,8 @@
         init/                     initial weights, tokenizer and what was prepared once for the run
         checkpoints/step-00000100/
         model/                    the trained model in Hugging Face format
-        attempts/001/             attempt.yaml, handle.json, cancel.json, result.json, metrics.jsonl, logs/, and with
-                                  what it ran: code/, environment.txt, data.json
+        attempts/001/             attempt.yaml, job.json, handle.json, cancel.json, result.json, metrics.jsonl, logs/,
+                                  and with what it ran: code/, environment.txt, data.json
 
 Both planes meet here, so this module uses only the standard library and yaml.
 """
@@ -39,6 +39,11 @@ from distlm.errors import InputError
 COMMAND_FD = "DISTLM_COMMAND_FD"
 """Environment variable: file descriptor of a socket to the command that waits for the attempt. The controller sends it
 events (see `distlm.view`), one line of JSON each; the other end closes when the command is gone."""
+
+OUTPUT_LOG = "output.log"
+NUM_OWN_NODES = "DISTLM_NUM_OWN_NODES"
+"""Environment variable: how many Ray nodes are being started for this attempt alone, of the cluster at RAY_ADDRESS. The
+controller waits for them, and runs on one of them."""
 
 
 def new_run_id() -> str:
@@ -158,6 +163,16 @@ class AttemptFolder:
         return self.path / "handle.json"
 
     @property
+    def job_json(self) -> Path:
+        """The handle of the job, on a target with a queue: see `distlm.launchers.base.Job`."""
+        return self.path / "job.json"
+
+    @property
+    def job_script(self) -> Path:
+        """What was sent to a target with a queue."""
+        return self.path / "job.sh"
+
+    @property
     def cancel_json(self) -> Path:
         """What `distlm cancel` asks of the controller: {"save": true}, or false to stop now."""
         return self.path / "cancel.json"
@@ -229,8 +244,8 @@ class AttemptFolder:
 
     @property
     def output_log(self) -> Path:
-        """What a detached command shows."""
-        return self.logs / "output.log"
+        """What the command that waits for the attempt shows, in lines."""
+        return self.logs / OUTPUT_LOG
 
     def reserve(self, name: str) -> Path:
         """Room for the file `name`, held in case that the storage gets full."""

@@ -18,7 +18,12 @@ from typing import Any
 
 from distlm.commands.find import find_run
 from distlm.console import say
-from distlm.errors import ExitCode, InputError
+from distlm.errors import Cause, ExitCode, InputError
+from distlm.launchers.base import JobState
+from distlm.launchers.jobs import KnownJob, find_job
+from distlm.launchers.local import end_abandoned, tell_mlflow
+from distlm.launchers.targets import queue_launcher
+from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, read_json, write_json
 from distlm.run_status import run_status
 from distlm.view.ending import command, ending, next_steps
@@ -30,12 +35,15 @@ def cancel(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     if not (attempts := run.attempts()):
         raise InputError(f"run {run.run_id} has no attempt that could be cancelled")
+    job = find_job(run)
+    if job is not None and job.status.state in (JobState.SUBMITTED, JobState.PENDING):
+        return _cancel_in_queue(run, attempts[-1], job, options.json)
     attempt, state = attempts[-1], run_status(run, with_evaluation=False).state
     if is_there(attempt.result_json):
         lines = [f"run {run.run_id} has ended already: {state}; nothing to cancel"]
         return _say_ended(run, lines, ExitCode.SUCCEEDED, options.json)
     write_json(attempt.cancel_json, {"save": options.checkpoint})
-    if state == "lost":  # also one whose lease this host cannot see
+    if state == "lost" and not (job and job.is_alive):  # also one whose lease this host cannot see
         text = (
             f"run {run.run_id} is lost: nobody holds its lease, as far as can be seen here, so nothing is left to "
             "cancel; a controller that is out of sight ends by itself now"
@@ -53,6 +61,18 @@ def cancel(options: argparse.Namespace) -> int:
     asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
     code = ExitCode.SUCCEEDED if result["exit_code"] in asked else ExitCode(result["exit_code"])
     return _say_ended(run, ending(run, result), code, options.json)
+
+
+def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:
+    """Nothing of it runs that could save or say how it ended."""
+    launcher = queue_launcher(known.job.target)
+    assert launcher is not None
+    launcher.cancel(known.job)
+    if not is_there(attempt.result_json):
+        end_abandoned(attempt, Outcome(ExitCode.CANCELLED, "cancelled in the queue", cause=Cause.CANCELLATION))
+        tell_mlflow(attempt)
+    lines = [f"{known.job.target} job {known.job.id} of run {run.run_id} is taken from the queue"]
+    return _say_ended(run, lines, ExitCode.SUCCEEDED, as_json)
 
 
 def _say_ended(run: RunFolder, lines: list[str], code: ExitCode, as_json: bool) -> int:

@@ -12,11 +12,11 @@ from distlm.config.resolve import at_world_size, batch_plan, possible_world_size
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import ExitCode
-from distlm.launchers.local import LocalLauncher
+from distlm.launchers.targets import check_for_target
 
 
 def validate(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides, LocalLauncher().check).config
+    config = load_config(options.config, options.overrides, check_for_target).config
     plans = [batch_plan(at_world_size(config, size)) for size in possible_world_sizes(config)]
     say(
         f"{options.config}: valid. {plans[0].global_batch} samples per step = {plans[0].micro_batch} per forward pass "

@@ -1,5 +1,5 @@
 """`distlm list` and `distlm status`: what runs there are, and how one is doing. The words for states are those of
-distlm.run_status.
+distlm.run_status, and where a job waits for its turn, submitted or pending.
 
 `--json` prints these keys; null: not known. Numbers are numbers, but NaN and infinities are strings, as in
 metrics.jsonl. Times are UTC in ISO 8601.
@@ -22,6 +22,9 @@ metrics.jsonl. Times are UTC in ISO 8601.
         last_good_step              the checkpoint that a resume continues
         log, model_folder           files; model_folder is null before there is one
         tracking_uri, mlflow_run_id without secrets; null: not recorded in MLflow, or nothing was sent yet
+        job                         of a target with a queue: {"target", "id", "state", "target_state", "reason",
+                                    "restarts"}; null: the newest attempt has none. The state is one of
+                                    distlm.launchers.base.JobState, and null where the files tell enough without it
         next                        commands that may be wanted now, the likeliest first
 """
 
@@ -33,7 +36,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,6 +46,8 @@ from distlm.commands.find import find_run
 from distlm.config.load import expanded
 from distlm.console import printable, say
 from distlm.errors import DistlmError, ExitCode, InputError
+from distlm.launchers.base import Job, JobState, JobStatus
+from distlm.launchers.jobs import KnownJob, find_job
 from distlm.metrics_file import finite, read_backwards
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.outcome import Retry, on_rank
@@ -59,7 +64,8 @@ _MAX_RETRIES = 5
 
 def list_runs(options: argparse.Namespace) -> int:
     found = runs_in(options.runs_dir)
-    shown = [run_status(run, with_evaluation=False) for run in (found[: options.limit] if options.limit else found)]
+    wanted = found[: options.limit] if options.limit else found
+    shown = [_with_job(run_status(run, with_evaluation=False))[0] for run in wanted]
     if options.json:
         say(json.dumps(finite([_summary(one) for one in shown]), indent=2))
     elif not shown:
@@ -73,13 +79,33 @@ def list_runs(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
-    one = run_status(run)
-    details = _details(one)
+    one, job = _with_job(run_status(run))
+    details = _details(one, job)
     if options.json:
         say(json.dumps(finite(details), indent=2))
     else:
         say("\n".join(_page(details, _what_happened(one))))
     return ExitCode.SUCCEEDED
+
+
+def _with_job(one: RunStatus) -> tuple[RunStatus, KnownJob | None]:
+    """The status with what a target with a queue says about the run's job, which is asked where the files alone do not
+    tell."""
+    if one.state not in ("starting", "lost", "preempted", "infrastructure"):
+        return one, None
+    try:
+        job = find_job(one.run)
+    except DistlmError as error:
+        return replace(one, damaged=[*one.damaged, str(error)]), None
+    if job is None:
+        return one, None
+    if not job.is_alive:  # if it has left no result, there is one now
+        return run_status(one.run) if one.state in ("starting", "lost") else one, job
+    state = "starting" if job.status.state == JobState.RUNNING else str(job.status.state)
+    attempts = one.attempts
+    if attempts and not attempts[-1].result:
+        attempts = [*attempts[:-1], replace(attempts[-1], state=state)]
+    return replace(one, state=state, attempts=attempts), job
 
 
 # --- what is known ---------------------------------------------------------------------------------------------------
@@ -101,7 +127,7 @@ def _summary(one: RunStatus) -> dict[str, Any]:
     }
 
 
-def _details(one: RunStatus) -> dict[str, Any]:
+def _details(one: RunStatus, job: KnownJob | None) -> dict[str, Any]:
     run, damaged = one.run, list(one.damaged)
     checkpoints, last_good_step = _checkpoints(run, damaged)
     uri, mlflow_id = _tracking(one, damaged)
@@ -121,9 +147,27 @@ def _details(one: RunStatus) -> dict[str, Any]:
         "model_folder": str(run.model) if run.model.is_dir() else None,
         "tracking_uri": uri,
         "mlflow_run_id": mlflow_id,
+        "job": _job(one.run, job),
         "next": _next(one),
         "damaged": damaged,
     }
+
+
+def _job(run: RunFolder, known: KnownJob | None) -> dict[str, Any] | None:
+    """The handle of the newest attempt, and what its target says where it was asked."""
+    with suppress(DistlmError):
+        attempts = run.attempts()
+        if (job := known.job if known else Job.read(attempts[-1]) if attempts else None) is not None:
+            status = known.status if known else None
+            return {
+                "target": job.target,
+                "id": job.id,
+                "state": status.state if status else None,
+                "target_state": status.target_state if status else None,
+                "reason": status.reason if status else None,
+                "restarts": job.num_restarts,
+            }
+    return None
 
 
 def _attempt(run: RunFolder, attempt: AttemptStatus) -> dict[str, Any]:
@@ -220,8 +264,8 @@ def _next(one: RunStatus) -> list[str]:
     if one.metrics.step is None and one.state not in ("running", "succeeded"):
         ui = []  # there is nothing to see
     match one.state:
-        case "starting" | "running":
-            return [*ui, command(one.run, "status")]
+        case "starting" | "running" | "submitted" | "pending":
+            return [command(one.run, "logs", "-f"), *ui]
         case "lost":  # MLflow may show it as running
             return [command(one.run, "resume"), *([command(one.run, "sync")] if ui else [])]
         case "unknown":  # a resume is refused
@@ -267,6 +311,7 @@ def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
         "evaluation": _values(details["metrics"]["eval"]),
         "checkpoints": _steps(details["checkpoints"], details["last_good_step"]),
         "folder": os.path.relpath(details["folder"]),
+        "job": _job_text(details["job"]),
         "log": os.path.relpath(details["log"]) if details["log"] else None,
         "trained model": os.path.relpath(details["model_folder"]) if details["model_folder"] else None,
         "MLflow": _mlflow(details),
@@ -286,6 +331,13 @@ def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
             lines += [f"  {printable(line)}" for line in told]
     lines += ["", *(f"damaged: {printable(text)}" for text in details["damaged"])] if details["damaged"] else []
     return [*lines, "", *(f"next: {command}" for command in details["next"])]
+
+
+def _job_text(job: dict[str, Any] | None) -> str | None:
+    if job is None:
+        return None
+    status = JobStatus(job["state"], job["target_state"], job["reason"]) if job["state"] else ""
+    return f"{job['target']} job {job['id']}{f': {status}' if status else ''}"
 
 
 def _retry(retry: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from distlm.errors import Problem
 
 MAY_CHANGE_ON_RESUME = (
     "resources.",
+    "slurm.",
     "deepspeed.",
     "recovery.",
     "tracking.",
@@ -43,6 +44,7 @@ MAY_CHANGE_ON_RESUME = (
 NOT_SEMANTICS = (
     "name",
     "resources.",
+    "slurm.",
     "deepspeed.",
     "recovery.",
     "tracking.",

@@ -7,6 +7,8 @@ The docstrings are the documentation: `distlm schema` prints them for editors.
 from __future__ import annotations
 
 import codecs
+import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -51,6 +53,54 @@ def _num_workers(value: Any) -> Any:
         message = "the smaller number comes first: [{max}, {min}]"
         raise PydanticCustomError("num_workers", message, {"min": numbers[0], "max": numbers[-1]})
     return value
+
+
+_SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+
+
+def slurm_time_s(text: str) -> int:
+    """Seconds of a time in one of Slurm's forms: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS. Raises ValueError."""
+    if not (match := _SLURM_TIME.fullmatch(text)):
+        raise ValueError(text)
+    first, second, third = (int(match[name] or 0) for name in ("first", "second", "third"))
+    if match["days"]:
+        return int(match["days"]) * 86400 + first * 3600 + second * 60 + third
+    return first * 3600 + second * 60 + third if match["third"] else first * 60 + second
+
+
+def _slurm_time(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # minutes
+    with suppress(ValueError, TypeError):
+        if slurm_time_s(value) > 0:
+            return value
+    message = "must be a time as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS, such as 12:00:00 or 2-00:00:00"
+    raise PydanticCustomError("slurm_time", message)
+
+
+_OWN_DIRECTIVES = {
+    "--job-name": "name", "-J": "name", "--nodes": "slurm.nodes", "-N": "slurm.nodes",
+    "--partition": "slurm.partition", "-p": "slurm.partition", "--account": "slurm.account", "-A": "slurm.account",
+    "--qos": "slurm.qos", "-q": "slurm.qos", "--time": "slurm.time", "-t": "slurm.time",
+    "--constraint": "slurm.constraint", "-C": "slurm.constraint", "--exclusive": "slurm.exclusive",
+    "--gpus-per-node": "slurm.gpus_per_node", "--gres": "slurm.gpus_per_node",
+    "--cpus-per-task": "slurm.cpus_per_node", "-c": "slurm.cpus_per_node", "--mem": "slurm.memory_gib_per_node",
+    "--signal": "resources.time_to_save_s", "--requeue": "slurm.max_requeues", "--no-requeue": "slurm.max_requeues",
+    "--ntasks": "slurm.nodes", "-n": "slurm.nodes", "--ntasks-per-node": "slurm.nodes",
+    "--output": "", "-o": "", "--error": "", "-e": "", "--open-mode": "", "--parsable": "", "--wait": "", "-W": "",
+    "--chdir": "", "-D": "", "--wrap": "",
+}  # fmt: skip
+"""Options of sbatch that follow from keys of the config; empty: that distlm needs as they are."""
+
+
+def _directive(text: str) -> str:
+    name = re.split(r"[= ]", text, maxsplit=1)[0]
+    if not text.startswith("-") or "\n" in text:
+        raise PydanticCustomError("directive", "must be one option of sbatch, such as --mail-type=END")
+    if (key := _OWN_DIRECTIVES.get(name)) is not None:
+        message = f"set {key} for it" if key else "is set by distlm, and cannot be another one"
+        raise PydanticCustomError("directive", message)
+    return text
 
 
 def _delimiter(text: str) -> str:
@@ -419,8 +469,9 @@ class DeepSpeedSettings(Section):
 class ResourcesConfig(Section):
     """Where an attempt runs and on how much. May differ between the attempts of one run."""
 
-    target: Literal["local"] = "local"
-    """Where to run: `local` is this machine, or the Ray cluster that RAY_ADDRESS names."""
+    target: Literal["local", "slurm"] = "local"
+    """Where to run. local: this machine, or the Ray cluster that RAY_ADDRESS names; slurm: a job of the cluster whose
+    login node this is, see `slurm`. `--target` on the command line sets it, too."""
     num_workers: Annotated[
         PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)], BeforeValidator(_num_workers)
     ] = 1
@@ -460,6 +511,42 @@ class ResourcesConfig(Section):
         if isinstance(self.num_workers, int):
             return self.num_workers
         raise TypeError(f"num_workers = {self.num_workers} is no world size; choose one with at_world_size")
+
+
+class SlurmConfig(Section):
+    """The job, where `resources.target` is slurm: one Ray node on each of its nodes. What is not given here is left to
+    the cluster's defaults. May change on resume."""
+
+    partition: NonEmptyStr | None = None
+    """Partition, or several by commas."""
+    account: NonEmptyStr | None = None
+    """Account to charge."""
+    qos: NonEmptyStr | None = None
+    """Quality of service."""
+    nodes: PositiveInt = 1
+    """Nodes; the workers are spread over them."""
+    cpus_per_node: PositiveInt | None = None
+    """CPUs on each node; null: `resources.cpus_per_worker` (or 1) for each of its workers, or with `exclusive` all."""
+    gpus_per_node: NonNegativeInt = 0
+    """GPUs on each node."""
+    memory_gib_per_node: NonNegativeFloat | None = None
+    """Memory on each node in GiB; 0: all; null: the cluster's default, which may be little."""
+    time: Annotated[str, BeforeValidator(_slurm_time)] | None = None
+    """Time limit, such as 12:00:00 or 2-00:00:00. `resources.time_to_save_s` before it (Slurm may be up to a minute
+    early) the workers save, and the job goes back into the queue; null: the partition's limit."""
+    max_requeues: NonNegativeInt = 20
+    """How often a job may begin again, after its time limit or the loss of a node, to go on with its run. One that
+    saved no step in its time twice does not go back."""
+    constraint: NonEmptyStr | None = None
+    """Features that nodes must have."""
+    exclusive: bool = False
+    """Nodes for this job alone."""
+    directives: list[Annotated[str, AfterValidator(_directive)]] = []
+    """Further options of sbatch, such as --mail-type=END or --reservation=NAME."""
+    prologue: str = ""
+    """Lines of bash that make `python` the one that distlm is installed for, such as `module load cuda` and `source
+    .venv/bin/activate`; they run on the first node, in the folder that the job was submitted from, and the others get
+    its environment. Empty: the Python that submits, by its path."""
 
 
 class MaxRetries(Section):
@@ -555,6 +642,8 @@ class RunConfig(Section):
     """Sharding."""
     resources: ResourcesConfig = ResourcesConfig()
     """Machines."""
+    slurm: SlurmConfig = SlurmConfig()
+    """The job under Slurm."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Failures."""
     tracking: TrackingConfig = TrackingConfig()

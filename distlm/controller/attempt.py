@@ -47,7 +47,7 @@ from distlm.errors import (
 from distlm.outcome import Outcome, Retry, iso_time, on_rank, tracker_status
 from distlm.redact import copy_redacted
 from distlm.retry_policy import NO_RETRIES, Decision, RetryPolicy
-from distlm.run_folder import AttemptFolder, RunFolder, read_json, read_yaml, write_json
+from distlm.run_folder import NUM_OWN_NODES, AttemptFolder, RunFolder, read_json, read_yaml, write_json
 from distlm.tracking import Tracker
 from distlm.tracking.records import Record, now_ms
 from distlm.tracking.startup import phase_ended
@@ -64,6 +64,8 @@ _TRACKER_TIMEOUT_S, _TRACKER_TIMEOUT_S_WHEN_STOPPED = 60.0, 5.0
 _PROVENANCE_TIMEOUT_S = 10.0
 _SETTLING_S = 5.0
 """Nodes that come together are not taken one by one."""
+_ENDED_WITH_IT = (Cause.NODE_LOST, Cause.INFRASTRUCTURE)
+"""What happens to a run whose end was announced: who ends it may end its workers, or Ray, first."""
 _NOT_RECORDED = ("pulse", "placed", "saving")
 """Kinds of messages that are for the controller alone."""
 
@@ -106,16 +108,17 @@ class AttemptController:
         self._stop_if_asked()
         self._provenance = Provenance(self.run, self.folder, self.progress.say)
         address = os.environ.get("RAY_ADDRESS")
+        is_on_a_worker_node = not address or NUM_OWN_NODES in os.environ
         with ExitStack() as ray_scope:
-            if not address:
+            if is_on_a_worker_node:
                 self._begin_to_prepare(ray_scope.enter_context(closing(LocalHelper())))
             self.progress.phase("ray", f"connecting to the Ray cluster at {address}" if address else "starting Ray")
             cluster = ray_scope.enter_context(
-                connect(self.config.resources, self._possible_sizes, self.run.path, temporary_root)
+                connect(self.config.resources, self._possible_sizes, self.run.path, temporary_root, self._stop_if_asked)
             )
             self._phases.append(phase_ended("ray", 1))
             self._check_cluster(cluster)
-            if address:
+            if not is_on_a_worker_node:
                 self._begin_to_prepare(ClusterHelper())
             prepared = self._prepare()
             checkpoint = self._checkpoint_to_continue()
@@ -143,7 +146,9 @@ class AttemptController:
             raise
         except DistlmError as error:
             outcome = Outcome.of(error, traceback.format_exc())
-            outcome = replace(outcome, needs_new_attempt=outcome.needs_new_attempt and not self.stop.is_asked)
+        if self.stop.is_asked and outcome.cause in _ENDED_WITH_IT:
+            what = f"stopped {self._when()}: {outcome.message}, before the workers had saved"
+            outcome = Outcome.of(self.stop.error(what))
         outcome = replace(outcome, retries=self._retries)
         if outcome.exit_code == ExitCode.INFRASTRUCTURE and cluster.logs and cluster.logs.is_dir():
             _copy_logs(cluster.logs, self.folder.logs / "ray")

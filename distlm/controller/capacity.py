@@ -51,7 +51,7 @@ def _living_nodes() -> list[Node]:
     draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(_MAX_THREADS) as threads:
-        answers = list(threads.map(lambda node: _answers(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes))
+        reached = list(threads.map(lambda node: answers(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes))
     return [
         Node(
             id=node["NodeID"],
@@ -61,12 +61,12 @@ def _living_nodes() -> list[Node]:
             is_draining=node["NodeID"] in draining,
             drain_deadline_s=draining.get(node["NodeID"], 0) / 1000 or None,
         )
-        for node, is_there in zip(nodes, answers, strict=True)
+        for node, is_there in zip(nodes, reached, strict=True)
         if is_there
     ]
 
 
-def _answers(host: str, port: int, timeout_s: float = _NODE_TIMEOUT_S) -> bool:
+def answers(host: str, port: int, timeout_s: float = _NODE_TIMEOUT_S) -> bool:
     """Whether a server of gRPC reacts: with its greeting, or by hanging up, as one with TLS does."""
     try:
         with socket.create_connection((host, port), timeout_s) as connection, suppress(ConnectionError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from pathlib import Path
 import psutil
 
 from distlm.config.schema import ResourcesConfig
-from distlm.controller.capacity import choose_world_size
+from distlm.controller.capacity import answers, choose_world_size, living_nodes
 from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.storage import SharedStorage
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
+from distlm.run_folder import NUM_OWN_NODES
 from distlm.stop_count import signals_held
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
+_OWN_NODES_TIMEOUT_S, _LOOK_INTERVAL_S = 120.0, 0.2
 _HELPER_CPUS = 1  # for the tasks that prepare and export
 
 # Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
@@ -59,6 +62,8 @@ class Cluster:
     """Those of Ray that it cannot do without, where they were started here."""
     watch: ClusterWatch | None = None
     """Of a cluster that was joined, whose nodes come and go."""
+    spreads_workers: bool = False
+    """Its nodes are for this attempt alone, and each is to have some of the workers."""
 
     def unfit_nodes(self) -> list[str]:
         """Where no worker is to be: nodes that do not share the run's folder, or do not answer."""
@@ -91,21 +96,45 @@ def _own_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def connect(
-    resources: ResourcesConfig, possible: Sequence[int], run_folder: Path, temporary_root: Path | None
+    resources: ResourcesConfig,
+    possible: Sequence[int],
+    run_folder: Path,
+    temporary_root: Path | None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Cluster]:
     """Connect to RAY_ADDRESS, or start Ray below `temporary_root` and end all of its processes afterwards. `possible`:
     the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for. Nodes
-    are to share `run_folder`."""
+    are to share `run_folder`. `while_waiting` is called again and again while nodes are not there yet."""
     os.environ.update(_RAY_SETTINGS)
     with closing(SharedStorage(run_folder)) as storage:
         if address := os.environ.get("RAY_ADDRESS"):
-            yield from _join(resources, storage, address)
+            num_own_nodes = int(os.environ.get(NUM_OWN_NODES, 0))
+            if num_own_nodes:
+                _wait_for_head(address, while_waiting)
+            yield from _join(resources, storage, address, num_own_nodes, while_waiting)
         else:
             assert temporary_root is not None
             yield from _start(resources, possible, storage, temporary_root)
 
 
-def _join(resources: ResourcesConfig, storage: SharedStorage, address: str) -> Iterator[Cluster]:
+def _wait_for_head(address: str, while_waiting: Callable[[], None]) -> None:
+    """Until it listens: Ray itself gives up sooner. Raises InfrastructureError."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + _OWN_NODES_TIMEOUT_S
+    while not answers(host, int(port)):
+        while_waiting()
+        if time.monotonic() > deadline:
+            raise InfrastructureError(f"Ray's head at {address} has not come up in {_OWN_NODES_TIMEOUT_S:.0f} s")
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+def _join(
+    resources: ResourcesConfig,
+    storage: SharedStorage,
+    address: str,
+    num_own_nodes: int,
+    while_waiting: Callable[[], None],
+) -> Iterator[Cluster]:
     import ray
 
     try:
@@ -113,20 +142,50 @@ def _join(resources: ResourcesConfig, storage: SharedStorage, address: str) -> I
             ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="distlm")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
-    watch = ClusterWatch(storage)
+    watch = None
     try:
+        if num_own_nodes:
+            _wait_for_nodes(num_own_nodes, is_least=not resources.is_elastic, while_waiting=while_waiting)
+        watch = ClusterWatch(storage)
         total = ray.cluster_resources()
         device = resources.device
         if device == "auto":
             device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
-        if device == "cuda" or resources.is_elastic:  # whose share would depend on the nodes that there are now
+        if num_own_nodes and not resources.is_elastic:
+            share = share_of_cpus([node.num_cpus for node in living_nodes()], resources.world_size)
+        elif device == "cuda" or resources.is_elastic:  # whose share would depend on the nodes that there are now
             share = 1
         else:
             share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
-        yield Cluster(device, resources.cpus_per_worker or share, storage, watch=watch)
+        cpus_per_worker = resources.cpus_per_worker or share
+        yield Cluster(device, cpus_per_worker, storage, watch=watch, spreads_workers=num_own_nodes > 0)
     finally:
-        watch.close()
+        if watch:
+            watch.close()
         ray.shutdown()
+
+
+def _wait_for_nodes(count: int, is_least: bool, while_waiting: Callable[[], None]) -> None:
+    """Raises InfrastructureError where fewer come in time, unless the run may do with them."""
+    deadline = time.monotonic() + _OWN_NODES_TIMEOUT_S
+    while len(nodes := living_nodes()) < count:
+        while_waiting()
+        if time.monotonic() > deadline:
+            if not is_least:
+                return
+            raise InfrastructureError(
+                f"{len(nodes)} of {count} Ray nodes have come up in {_OWN_NODES_TIMEOUT_S:.0f} s, on "
+                f"{', '.join(node.host for node in nodes) or 'no host'}; see the others' ray-NODE.log beside this log"
+            )
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+def share_of_cpus(cpus: Sequence[float], num_workers: int) -> int:
+    """The most CPUs per worker with which so many workers fit on nodes that have these numbers of CPUs; 1 at least."""
+    share = max(1, int(sum(cpus) // num_workers))
+    while share > 1 and sum(int(each // share) for each in cpus) < num_workers:
+        share -= 1
+    return share
 
 
 def _start(

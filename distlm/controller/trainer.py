@@ -64,6 +64,7 @@ class Incarnation:
                     num_workers=config.resources.world_size,
                     use_gpu=cluster.device == "cuda",
                     resources_per_worker={"CPU": cluster.cpus_per_worker},
+                    placement_strategy="SPREAD" if cluster.spreads_workers else "PACK",
                     label_selector=_not_on(cluster.unfit_nodes()),
                 ),
                 # Retries are decided by our own loop.

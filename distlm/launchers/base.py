@@ -1,28 +1,94 @@
-"""What a launcher is: it builds a request, which is pure and can be printed, and submits it."""
+"""What a launcher is: it builds a request, which is pure and can be printed, and submits it; what a target with a queue
+gives back for it, its job, tells how it goes and can be cancelled."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
-from distlm.run_folder import AttemptFolder, RunFolder
-from distlm.view import View
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command to run on the target's head node. Secrets are in neither part: `env` holds names only."""
+    """What is sent to a target, whole. There are no secrets in it."""
 
     command: tuple[str, ...]
-    env: tuple[str, ...] = field(default=())
-    """Names of environment variables to pass on."""
+    script: str = ""
+    """What the command reads on its standard input."""
 
     def __str__(self) -> str:
-        return shlex.join(self.command)
+        return self.script or f"{shlex.join(self.command)}\n"
+
+
+class JobState(StrEnum):
+    """How a job stands with its target, in the same words for all targets.
+
+    It is about the job alone. How the training has ended, result.json says: a job that its target calls completed, and
+    that has left no result, has not succeeded.
+    """
+
+    SUBMITTED = "submitted"
+    """Sent; the target has not said anything about it yet."""
+    PENDING = "pending"
+    """It waits for its turn, for resources, or to be put back into the queue."""
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"
+    """Ended from outside before its time: continue the run."""
+    UNKNOWN = "unknown"
+    """The target does not know it (any more), or says what we do not know, or does not answer."""
+
+    @property
+    def is_alive(self) -> bool:
+        return self in (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What the target says about a job."""
+
+    state: JobState
+    target_state: str = ""
+    """In the target's own word."""
+    reason: str = ""
+    """Why it is in that state, in the target's words and where needed in ours."""
+
+    def __str__(self) -> str:
+        word = f" ({self.target_state})" if self.target_state.lower() not in ("", self.state) else ""
+        return f"{self.state}{word}{f': {self.reason}' if self.reason else ''}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The handle of what was submitted: job.json in the attempt's folder."""
+
+    target: str
+    id: str
+    """The target's name for it."""
+    num_restarts: int = 0
+    """How often the target had started it before this attempt."""
+    from_step: int = 0
+    """Of the newest checkpoint when the attempt began."""
+
+    def write(self, folder: AttemptFolder) -> None:
+        write_json(folder.job_json, asdict(self))
+
+    @classmethod
+    def read(cls, folder: AttemptFolder) -> Self | None:
+        """None: the attempt was not given to a target with a queue. Raises InputError if the file is damaged."""
+        content: dict[str, Any] | None = read_json(folder.job_json)
+        if not isinstance(content, dict):
+            return None
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
 
 class Launcher(Protocol):
@@ -36,6 +102,26 @@ class Launcher(Protocol):
         """The request for the run's newest attempt. Pure: what a dry run prints is what is submitted."""
         ...
 
-    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
-        """Run the attempt to its end and show its events; the content of its result.json."""
+
+class QueueLauncher(Launcher, Protocol):
+    """A target that takes jobs and runs them when and where it likes."""
+
+    def render(self, config: RunConfig, path: Path, overrides: list[str]) -> Request:
+        """The request for a new run of a config file, which whoever has it can send by the target's own means."""
+        ...
+
+    def submit(self, request: Request, folder: Path) -> Job:
+        """Send it. Raises InputError, in the target's own words, where it refuses it. `folder`: of the user."""
+        ...
+
+    def status(self, job: Job) -> JobStatus:
+        """Raises nothing: a target that does not answer leaves the state UNKNOWN, with the reason."""
+        ...
+
+    def log(self, job: Job, run: RunFolder) -> Path | None:
+        """What the job prints itself, where it is in the run's folder."""
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """Take it from the queue, or end it. Raises InfrastructureError where the target refuses."""
         ...

@@ -16,22 +16,19 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from distlm.config.resolve import contradictions, looks_at_documents
+from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.data.rows import check_rows, labelled_columns
-from distlm.data.sources import check_source
 from distlm.devices import visible_gpu_count
 from distlm.errors import Cause, ExitCode, InputError, Problem
 from distlm.launchers.base import Request
+from distlm.launchers.files import check_files
 from distlm.leftovers import clear_leftovers
 from distlm.outcome import Outcome, result_of, write_result
 from distlm.processes import OomKills, no_descendants_left
 from distlm.run_folder import COMMAND_FD, AttemptFolder, RunFolder, read_json
-from distlm.run_reference import check_references
 from distlm.stop_count import STOP_SIGNALS, StopCount
 from distlm.view import Event, View, decode_event
 
@@ -42,31 +39,15 @@ _SYNC_TIMEOUT_S = 20.0
 class LocalLauncher:
     """See `distlm.launchers.base.Launcher`."""
 
+    first_signal: int | None = None
+    """The first one that has asked the last attempt to stop."""
+
     def check(self, config: RunConfig) -> Iterator[Problem]:
         if os.environ.get("RAY_ADDRESS"):  # the workers run elsewhere: preflight will tell
             yield from contradictions(config)
             return
         yield from contradictions(config, visible_gpu_count())
-        for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
-            for index, source in enumerate(sources):
-                is_text = config.task.type == "masked-lm"
-                for problem in (
-                    check_source(source)
-                    if is_text
-                    else check_rows(source, labelled_columns(source, looks_at_documents(config.task)))
-                ):
-                    key = ".".join(filter(None, ("data", section, str(index), problem.key)))
-                    yield Problem(_with_place(problem), key, problem.value)
-        for key, name in (
-            ("model.name_or_path", config.model.name_or_path),
-            ("tokenizer.name_or_path", config.tokenizer.name_or_path),
-        ):
-            if name and name.startswith("~"):
-                yield Problem("'~' is not expanded here; write ${HOME} for it", key)
-            elif name and name.startswith((".", "/")) and not os.path.isdir(name):
-                yield Problem("there is no such folder", key)
-        yield from check_references(config)
-        yield from _check_runs_dir(Path(config.runs_dir))
+        yield from check_files(config)
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         if config.resources.min_workers * _WORKER_GIB > memory_gib:
             yield Problem(
@@ -75,9 +56,10 @@ class LocalLauncher:
             )  # fmt: skip
 
     def build(self, config: RunConfig, run: RunFolder) -> Request:
-        return Request((sys.executable, "-m", "distlm.controller", str(run.path)), tuple(config.env))
+        return Request((sys.executable, "-m", "distlm.controller", str(run.path)))
 
-    def submit(self, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
+    def run(self, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
+        """Run the attempt to its end and show its events; the content of its result.json."""
         ours, theirs = socket.socketpair()
         oom_kills = OomKills()
         with _Signals(view) as signals:
@@ -95,6 +77,7 @@ class LocalLauncher:
                     oom_kills.sample()
                     _show(event, view)
                 code = signals.controller.wait()
+                self.first_signal = signals.first
             result: dict[str, Any] | None = read_json(attempt.result_json)
             if result is None:
                 outcome = _how_it_ended(code, signals.count.value, oom_kills.happened_lately())
@@ -128,27 +111,13 @@ def _show(event: Event, view: View) -> None:
         traceback.print_exc()
 
 
-def _with_place(problem: Problem) -> str:
-    """The problem of a data file as one text: the key of the config is said by the caller."""
-    return f"{problem.location}: {problem.message}" if problem.location else problem.message
-
-
-def _check_runs_dir(runs_dir: Path) -> Iterator[Problem]:
-    nearest = next(path for path in (runs_dir, *runs_dir.parents, Path("/")) if os.path.exists(path))
-    if str(runs_dir).startswith("~"):
-        yield Problem("'~' is not expanded here; write ${HOME} for it", "runs_dir")
-    elif not nearest.is_dir():
-        yield Problem(f"{nearest} is a file, and a folder is needed", "runs_dir")
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        yield Problem(f"nothing can be written to the folder {nearest}", "runs_dir")
-
-
 class _Signals:
     """Passes what asks to stop on to the controller; the third request kills it. While it is in force, no signal ends
     this process, which has to clean up after the controller."""
 
     def __init__(self, view: View) -> None:
         self.count = StopCount()
+        self.first: int | None = None
         self.controller: subprocess.Popen[bytes] | None = None
         self._view = view
         self._previous: dict[int, Any] = {}
@@ -172,6 +141,7 @@ class _Signals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         counts = self.count.add(number)
+        self.first = self.first or number
         if self.controller is not None and self.controller.returncode is None:
             self.controller.send_signal(number if self.count.value < 3 else signal.SIGKILL)
         if counts:

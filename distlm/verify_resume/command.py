@@ -204,7 +204,7 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
         loaded, changes = changed_config(run, overrides, launcher.check)
     kill_in_step = planned.last_step + 1 if planned.is_killed else None
     attempt = begin_attempt(loaded, run, overrides, changes=changes, record_samples=True, kill_in_step=kill_in_step)
-    result = launcher.submit(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))
+    result = launcher.run(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))
     code = ExitCode(result["exit_code"])
     if code == ExitCode.INFRASTRUCTURE and planned.is_killed and was_killed(attempt):
         say(f"a worker was killed in step {kill_in_step}, as planned")

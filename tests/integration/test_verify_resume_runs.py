@@ -118,18 +118,18 @@ def test_a_broken_resume_is_found(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A moment of one parameter is lost between the pieces, from a checkpoint that is consistent otherwise."""
-    submit = LocalLauncher.submit
+    run = LocalLauncher.run
 
-    def damage_and_submit(self: LocalLauncher, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
+    def damage_and_run(self: LocalLauncher, request: Request, attempt: AttemptFolder, view: View) -> dict[str, Any]:
         if attempt.number == 2:
             (checkpoint,) = CheckpointStore(attempt.path.parents[1] / "checkpoints").checkpoints()
             lose_moment(checkpoint, "bert.embeddings.word_embeddings.weight:exp_avg:0")
-        return submit(self, request, attempt, view)
+        return run(self, request, attempt, view)
 
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(place.folder)
-    monkeypatch.setattr(LocalLauncher, "submit", damage_and_submit)
+    monkeypatch.setattr(LocalLauncher, "run", damage_and_run)
     before = set(place.runs_dir.glob("verify-resume-*"))
     code = main(["verify-resume", "run.yaml", "--steps", "4", "--workers", "1,1", "resources.num_workers=1"])
     out, err = capfd.readouterr()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from distlm.controller.capacity import Node, _answers, _in_time, choose_world_size, places
+from distlm.controller.capacity import Node, _in_time, answers, choose_world_size, places
 from distlm.errors import InfrastructureError
 
 
@@ -61,7 +61,7 @@ def test_an_error_of_ray_is_one_of_the_infrastructure() -> None:
 def test_a_node_that_is_killed_or_silent_does_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert not _answers("127.0.0.1", port, timeout_s=0.1), (
+        assert not answers("127.0.0.1", port, timeout_s=0.1), (
             "the kernel takes connections for a process that is stopped"
         )
 
@@ -71,6 +71,6 @@ def test_a_node_that_is_killed_or_silent_does_not_answer() -> None:
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        assert _answers("127.0.0.1", port, timeout_s=60.0)
+        assert answers("127.0.0.1", port, timeout_s=60.0)
         thread.join()
-    assert not _answers("127.0.0.1", port, timeout_s=60.0)
+    assert not answers("127.0.0.1", port, timeout_s=60.0)

@@ -1,0 +1,76 @@
+"""The job of a run's newest attempt, on a target with a queue: how it stands, and what is done in the run's folder when
+it has ended without having done it itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distlm.errors import Cause, ExitCode
+from distlm.launchers.base import Job, JobState, JobStatus
+from distlm.launchers.local import end_abandoned, tell_mlflow
+from distlm.launchers.targets import queue_launcher
+from distlm.outcome import Outcome
+from distlm.run_folder import RunFolder, is_there, lease_holder, read_json
+
+_MAX_LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class KnownJob:
+    """A job and what its target says about it."""
+
+    job: Job
+    status: JobStatus
+
+    @property
+    def is_alive(self) -> bool:
+        """It runs the attempt, or is going to run it or the next one."""
+        return self.status.state.is_alive
+
+    def __str__(self) -> str:
+        return f"{self.job.target} job {self.job.id}: {self.status}"
+
+
+def find_job(run: RunFolder) -> KnownJob | None:
+    """The job of the newest attempt, asked for now; None: it has none, or an end that no job goes on after. Of a job
+    that has ended without a result, the result is written. Raises InputError for damaged files."""
+    attempts = run.attempts()
+    job = Job.read(attempts[-1]) if attempts else None
+    if job is None or (launcher := queue_launcher(job.target)) is None:
+        return None
+    result = read_json(attempts[-1].result_json) if is_there(attempts[-1].result_json) else None
+    if result is not None and result.get("exit_code") not in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE):
+        return None
+    known = KnownJob(job, launcher.status(job))
+    if result is None and not known.is_alive and known.status.state != JobState.UNKNOWN:
+        _settle(run, known)
+    return known
+
+
+def _settle(run: RunFolder, known: KnownJob) -> None:
+    """The job is over, and could not say so in the run's folder."""
+    attempt = run.attempts()[-1]
+    if is_there(attempt.result_json) or lease_holder(run) is not None:
+        return
+    last_lines = "".join(f"; {line}" for line in job_log_lines(run, known.job)[-_MAX_LOG_LINES:])
+    message = f"the {known.job.target} job {known.job.id} has ended without a result ({known.status}){last_lines}"
+    match known.status.state:
+        case JobState.CANCELLED:
+            outcome = Outcome(ExitCode.CANCELLED, message, cause=Cause.CANCELLATION)
+        case JobState.PREEMPTED:
+            outcome = Outcome(ExitCode.PREEMPTED, message, cause=Cause.PREEMPTION)
+        case _:
+            outcome = Outcome(ExitCode.INFRASTRUCTURE, message, cause=Cause.INFRASTRUCTURE)
+    end_abandoned(attempt, outcome)
+    tell_mlflow(attempt)
+
+
+def job_log_lines(run: RunFolder, job: Job) -> list[str]:
+    """What the job has printed as far as its target keeps that in the run's folder."""
+    launcher = queue_launcher(job.target)
+    path = launcher.log(job, run) if launcher else None
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path else ""
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,136 @@
+"""Target slurm: the run is a batch job, sent by sbatch from a login node. What the job does is in `distlm.slurm`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from distlm.config.resolve import contradictions
+from distlm.config.schema import RunConfig, slurm_time_s
+from distlm.errors import InfrastructureError, InputError, Problem
+from distlm.launchers.base import Job, JobState, JobStatus, Request
+from distlm.launchers.files import check_files
+from distlm.launchers.slurm_script import batch_script, cpus_per_node, workers_per_node
+from distlm.launchers.slurm_states import num_jobs_before, status_of_accounting, status_of_job
+from distlm.run_folder import RunFolder
+
+_TIMEOUT_S = 60.0
+_SBATCH = ("sbatch", "--parsable")
+_MINUTE_S = 60
+
+
+class SlurmLauncher:
+    """See `distlm.launchers.base.QueueLauncher`."""
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        yield from contradictions(config)
+        yield from check_files(config)
+        yield from _check_slurm(config)
+
+    def build(self, config: RunConfig, run: RunFolder) -> Request:
+        header = (f"Run {run.run_id} of distlm. `distlm status {run.path}` tells how it goes.",)
+        output = str(self.log(Job("slurm", "%j"), run))
+        return Request(_SBATCH, batch_script(config, [str(run.path)], header, output))
+
+    def render(self, config: RunConfig, path: Path, overrides: list[str]) -> Request:
+        what = [str(path), *overrides]
+        header = (
+            f'A run of {path} ("{config.name}") under Slurm: sbatch it in the folder from which that path leads there.',
+            "",
+            "Printed by:",
+            f"  distlm render {shlex.join(what)} --target slurm",
+            "To edit: the options below (most clusters want --partition and --account, too), and the lines that make",
+            "`python` the one that distlm is installed for. Better: their keys in the section `slurm` of the config,",
+            "which `distlm submit --target slurm` uses as well. Each sbatch begins a new run; what it prints is in",
+            "slurm-JOBID.out, and `distlm list` names it.",
+        )
+        return Request(_SBATCH, batch_script(config, what, header, None))
+
+    def submit(self, request: Request, folder: Path) -> Job:
+        answer = _ask(request.command, request.script, folder)
+        if answer.returncode != 0:
+            raise InputError(f"sbatch refuses the job: {_words(answer)}")
+        return Job("slurm", answer.stdout.strip().partition(";")[0])
+
+    def status(self, job: Job) -> JobStatus:
+        try:
+            shown = _ask(("scontrol", "show", "job", "--oneliner", job.id))
+            if shown.returncode == 0:
+                status = status_of_job(shown.stdout)
+                return self._with_place_in_queue(job, status) if status.state == JobState.PENDING else status
+            if "Invalid job id" not in shown.stderr:
+                return JobStatus(JobState.UNKNOWN, reason=f"Slurm does not answer: {_words(shown)}")
+            kept = _ask(
+                ("sacct", "--jobs", job.id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
+            )
+        except (InputError, InfrastructureError) as error:
+            return JobStatus(JobState.UNKNOWN, reason=str(error))
+        return status_of_accounting(kept.stdout if kept.returncode == 0 else "")
+
+    def _with_place_in_queue(self, job: Job, status: JobStatus) -> JobStatus:
+        """How many jobs of the same partition come before it."""
+        columns = "JobID:32,State:32,Partition:128,PriorityLong:32"
+        queue = _ask(("squeue", "--noheader", "--states=PENDING", "--array", f"--Format={columns}"))
+        before = num_jobs_before(queue.stdout, job.id) if queue.returncode == 0 else None
+        place = "" if before is None else f"{before or 'no'} job{'s' * (before != 1)} before it in its partition"
+        return JobStatus(status.state, status.target_state, "; ".join(filter(None, (status.reason, place))))
+
+    def log(self, job: Job, run: RunFolder) -> Path:
+        return run.path / f"slurm-{job.id}.log"
+
+    def cancel(self, job: Job) -> None:
+        answer = _ask(("scancel", job.id))
+        if answer.returncode != 0:
+            raise InfrastructureError(f"scancel {job.id}: {_words(answer)}")
+
+
+def _check_slurm(config: RunConfig) -> Iterator[Problem]:
+    slurm, resources = config.slurm, config.resources
+    workers = workers_per_node(config)
+    if resources.max_workers < slurm.nodes:
+        message = f"some of them would have nothing to do: resources.num_workers is {resources.num_workers}"
+        yield Problem(message, "slurm.nodes", str(slurm.nodes))
+    if resources.device == "cuda" and not slurm.gpus_per_node:
+        yield Problem(f"resources.device is cuda; each node needs {workers}", "slurm.gpus_per_node", "0")
+    if resources.device == "cpu" and slurm.gpus_per_node:
+        message = "resources.device is cpu, and the GPUs would have nothing to do"
+        yield Problem(message, "slurm.gpus_per_node", str(slurm.gpus_per_node))
+    if resources.device != "cpu" and slurm.gpus_per_node and workers > slurm.gpus_per_node:
+        message = f"{workers} workers are to be on each node, and each needs one"
+        yield Problem(message, "slurm.gpus_per_node", str(slurm.gpus_per_node))
+    cpus, needed = cpus_per_node(config), workers * (resources.cpus_per_worker or 1)
+    if cpus is not None and cpus < needed:
+        message = f"{workers} workers with resources.cpus_per_worker = {resources.cpus_per_worker or 1} need {needed}"
+        yield Problem(message, "slurm.cpus_per_node", str(cpus))
+    if slurm.time is not None and slurm_time_s(slurm.time) < resources.time_to_save_s + 2 * _MINUTE_S:
+        message = (
+            f"nothing could be trained: the workers are to save resources.time_to_save_s = "
+            f"{resources.time_to_save_s:g} s before that, and Slurm may tell them a minute earlier"
+        )
+        yield Problem(message, "slurm.time", slurm.time)
+
+
+def _ask(command: Sequence[str], content: str = "", folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm. Raises InputError where it is not installed, InfrastructureError where it hangs."""
+    if shutil.which(command[0]) is None:
+        raise InputError(
+            f"{command[0]} is not installed here; use the target slurm on a node of the cluster that has it, such as "
+            "its login node"
+        )
+    try:
+        return subprocess.run(
+            command, input=content, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+            env={**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise InfrastructureError(f"{command[0]} has not answered in {_TIMEOUT_S:.0f} s") from None
+
+
+def _words(answer: subprocess.CompletedProcess[str]) -> str:
+    """What a command of Slurm says about its failure, in one line."""
+    lines = [line.strip() for line in (answer.stderr or answer.stdout).splitlines() if line.strip()]
+    return "; ".join(lines) or f"exit code {answer.returncode}"
