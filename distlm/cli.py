@@ -36,6 +36,7 @@ _EXAMPLES = {
   distlm submit configs/pretrain.yaml training.max_steps=1000 seed=7
   distlm submit configs/pretrain.yaml --dry-run
   distlm submit configs/pretrain.yaml --target slurm slurm.nodes=2
+  distlm submit configs/pretrain.yaml --target ray --address http://head:8265
   distlm submit run:last
 
 Ctrl-C finishes the step, saves a checkpoint and says how to resume; a second
@@ -93,7 +94,7 @@ one stops now. SIGTERM and SIGUSR2 do what one Ctrl-C does, with exit code 75.""
   distlm evaluate last test.conll --step best --out scores""",
 }
 
-_TARGETS = ("local", "slurm")
+_TARGETS = ("local", "ray", "slurm")
 
 _CHECKPOINTS_EPILOG = """states:
   committed    whole: the manifest is good, the files are there in its sizes;
@@ -202,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.set_defaults(verb=_later("submit", "resume"))
     for verb in (submit, resume, render):
         verb.add_argument("--target", choices=_TARGETS, help="where to run (default: resources.target, which is local)")
+        verb.add_argument("--address", metavar="URL", help="of the cluster's Jobs API, for the target ray: ray.address")
     for verb in (submit, resume):
         _add_overrides(verb)
         verb.add_argument("--detach", action="store_true", help="return at once, the run goes on")

@@ -15,8 +15,9 @@ from distlm.commands.find import find_run
 from distlm.config.attempt import load_attempt
 from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
-from distlm.launchers.base import JobState
-from distlm.launchers.jobs import KnownJob, find_job, job_log_lines
+from distlm.launchers.base import Job, JobState
+from distlm.launchers.jobs import KnownJob, find_job, job_output
+from distlm.launchers.ray import RESULT_PREFIX
 from distlm.launchers.supervise import ending_lines, say_ending
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json
 from distlm.run_status import run_status
@@ -38,9 +39,12 @@ def logs(options: argparse.Namespace) -> int:
     path = chosen.output_log if options.rank is None else chosen.worker_log(options.rank)
     if options.follow:
         return _follow_file(run, chosen, path)
-    if not path.exists():
+    if path.exists():
+        _Tail(path).copy()
+    elif options.rank is None and (job := Job.read(chosen)) is not None and (text := job_output(run, job)):
+        say(text, end="")
+    else:
         raise InputError(_what_there_is(run, chosen, path))
-    _Tail(path).copy()
     return ExitCode.SUCCEEDED
 
 
@@ -74,8 +78,10 @@ class _Follower:
         self._run, self._view = run, view
         self._attempt = run.attempts()[-1]
         self._tail = _Tail(self._attempt.output_log)
+        self._job_tail: _JobTail | None = None
         self._next_ask_s = 0.0
         self._said = ""
+        self._seen: set[str] = set()
 
     def follow(self, shows_ending: bool) -> int:
         while True:
@@ -84,7 +90,7 @@ class _Follower:
             if (later := [one for one in attempts if one.number > self._attempt.number]) != []:
                 self._show_new_lines()
                 self._attempt = later[0]
-                self._tail = _Tail(self._attempt.output_log)
+                self._tail, self._job_tail = _Tail(self._attempt.output_log), None
                 continue
             if time.monotonic() >= self._next_ask_s and (code := self._look(shows_ending)) is not None:
                 return code
@@ -95,6 +101,9 @@ class _Follower:
         has_result = is_there(self._attempt.result_json)
         job = find_job(self._run)
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
+        if job is not None and not is_there(self._attempt.output_log):  # its folder is elsewhere, or it has made none
+            self._job_tail = self._job_tail or _JobTail(self._run, job.job)
+            self._show(self._job_tail.new_lines())
         if job is not None and job.is_alive:
             self._say_what_it_waits_for(job)
             return None
@@ -117,20 +126,22 @@ class _Follower:
         result = read_json(self._attempt.result_json)
         lines = ending_lines(self._run, load_attempt(self._run, self._attempt).config, result)
         deadline = time.monotonic() + _LAST_LINES_TIMEOUT_S
-        while not (is_told := self._tail.has_seen(lines[0])) and time.monotonic() < deadline:
+        while not (is_told := {lines[0], f"distlm: {lines[0]}"} & self._seen) and time.monotonic() < deadline:
             time.sleep(_LOOK_INTERVAL_S)
             self._show_new_lines()
         self._view.show(make_event("result", **result))
         if shows_ending and not is_told:
-            job = find_job(self._run)
-            for line in job_log_lines(self._run, job.job) if job and not self._attempt.output_log.exists() else ():
-                say(line)
             say_ending(lines, result["exit_code"])
         self._view.close()
         return int(result["exit_code"])
 
     def _show_new_lines(self) -> None:
-        for line in self._tail.new_lines():
+        if not (self._job_tail and self._job_tail.has_shown):  # which are the same
+            self._show(self._tail.new_lines())
+
+    def _show(self, lines: list[str]) -> None:
+        for line in lines:
+            self._seen.add(line)
             self._view.show(make_event("note", message=line))
 
 
@@ -156,18 +167,11 @@ class _Tail:
         self._path = path
         self._position = 0
         self._part = b""
-        self._last_line = ""
-        self._seen: set[str] = set()
 
     def new_lines(self) -> list[str]:
         """Those that are whole."""
         *lines, self._part = (self._part + self._read()).split(b"\n")
-        texts = [line.decode(errors="replace") for line in lines]
-        self._seen.update(texts)
-        return texts
-
-    def has_seen(self, line: str) -> bool:
-        return line in self._seen
+        return [line.decode(errors="replace") for line in lines]
 
     def copy(self) -> None:
         """To standard output, as it is."""
@@ -182,3 +186,22 @@ class _Tail:
             return b""
         self._position += len(content)
         return content
+
+
+class _JobTail:
+    """Reads what a job has printed since it was asked last, where its target tells that."""
+
+    def __init__(self, run: RunFolder, job: Job) -> None:
+        self._run, self._job = run, job
+        self._num_lines = 0
+
+    @property
+    def has_shown(self) -> bool:
+        return self._num_lines > 0
+
+    def new_lines(self) -> list[str]:
+        """Those that are whole, but for what is meant for programs."""
+        whole, _, _ = job_output(self._run, self._job).rpartition("\n")
+        lines = whole.splitlines()[self._num_lines :]
+        self._num_lines += len(lines)
+        return [line for line in lines if not line.startswith(RESULT_PREFIX)]

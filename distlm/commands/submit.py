@@ -41,8 +41,9 @@ _RUN_PREFIX = "run:"
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:
-    """Those of the command line, with that for --target."""
-    return [*options.overrides, *([f"resources.target={options.target}"] if options.target else [])]
+    """Those of the command line, with those for --target and --address."""
+    given = {"resources.target": options.target, "ray.address": options.address}
+    return [*options.overrides, *(f"{key}={value}" for key, value in given.items() if value)]
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -87,7 +88,7 @@ def resume(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     overrides = overrides_of(options)
-    config = load_config(options.config, overrides, check_for_target).config
+    config = load_config(options.config, overrides, lambda config: launcher_for(config).check(config)).config
     if (launcher := queue_launcher(config.resources.target)) is None:
         run = RunFolder(Path(config.runs_dir).absolute() / "RUN_ID")
         say(str(launcher_for(config).build(config, run)), end="")

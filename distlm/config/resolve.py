@@ -17,6 +17,7 @@ from distlm.errors import Problem
 
 MAY_CHANGE_ON_RESUME = (
     "resources.",
+    "ray.",
     "slurm.",
     "deepspeed.",
     "recovery.",
@@ -44,6 +45,7 @@ MAY_CHANGE_ON_RESUME = (
 NOT_SEMANTICS = (
     "name",
     "resources.",
+    "ray.",
     "slurm.",
     "deepspeed.",
     "recovery.",

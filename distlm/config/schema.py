@@ -469,9 +469,10 @@ class DeepSpeedSettings(Section):
 class ResourcesConfig(Section):
     """Where an attempt runs and on how much. May differ between the attempts of one run."""
 
-    target: Literal["local", "slurm"] = "local"
-    """Where to run. local: this machine, or the Ray cluster that RAY_ADDRESS names; slurm: a job of the cluster whose
-    login node this is, see `slurm`. `--target` on the command line sets it, too."""
+    target: Literal["local", "ray", "slurm"] = "local"
+    """Where to run. local: this machine, or as a driver on the Ray cluster that RAY_ADDRESS names, of which this is a
+    node; ray: a job of another Ray cluster, see `ray`; slurm: a job of the cluster whose login node this is, see
+    `slurm`. `--target` on the command line sets it, too."""
     num_workers: Annotated[
         PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)], BeforeValidator(_num_workers)
     ] = 1
@@ -511,6 +512,31 @@ class ResourcesConfig(Section):
         if isinstance(self.num_workers, int):
             return self.num_workers
         raise TypeError(f"num_workers = {self.num_workers} is no world size; choose one with at_world_size")
+
+
+_OWN_RUNTIME_ENV = ("working_dir", "worker_process_setup_hook")
+
+
+def _runtime_env(value: dict[str, Any]) -> dict[str, Any]:
+    if refused := [key for key in _OWN_RUNTIME_ENV if key in value]:
+        message = "{key} has no use here: data, models and runs_dir are read where the cluster has them"
+        raise PydanticCustomError("runtime_env", message, {"key": refused[0]})
+    return value
+
+
+class RayConfig(Section):
+    """The job, where `resources.target` is ray: of the Jobs API of an existing Ray cluster. May change on resume."""
+
+    address: NonEmptyStr | None = None
+    """Of the Jobs API (the dashboard), such as http://head:8265; null: RAY_ADDRESS. `--address` on the command line
+    sets it, too. Where the cluster asks for a token, it is that of RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."""
+    code: Literal["installed", "carried"] = "installed"
+    """installed: the cluster has distlm, in this version. carried: the distlm of this machine is sent along, and the
+    cluster has the packages that it needs, or gets them by `runtime_env`."""
+    runtime_env: Annotated[dict[str, Any], AfterValidator(_runtime_env)] = {}
+    """Ray's runtime environment for the job, by Ray's keys, such as {pip: [...]}, {conda: ...} or {image_uri: ...}."""
+    python: NonEmptyStr = "python"
+    """How Python is called on the cluster's head node."""
 
 
 class SlurmConfig(Section):
@@ -642,6 +668,8 @@ class RunConfig(Section):
     """Sharding."""
     resources: ResourcesConfig = ResourcesConfig()
     """Machines."""
+    ray: RayConfig = RayConfig()
+    """The job on a Ray cluster."""
     slurm: SlurmConfig = SlurmConfig()
     """The job under Slurm."""
     recovery: RecoveryConfig = RecoveryConfig()

@@ -20,15 +20,16 @@ from distlm.controller.storage import SharedStorage
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
+from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_dashboard
 from distlm.run_folder import NUM_OWN_NODES
 from distlm.stop_count import signals_held
 
-_OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
 _OWN_NODES_TIMEOUT_S, _LOOK_INTERVAL_S = 120.0, 0.2
 _HELPER_CPUS = 1  # for the tasks that prepare and export
 
 # Ray Train notices a dead worker at its next poll; its default of 2 s is also the least that every end of a run costs.
 _RAY_SETTINGS = {
+    **OF_EVERY_NODE,
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Workers are asked for where there is room for them: who waits longer has seen a node that is gone by now, or waits
@@ -40,10 +41,6 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A thread that is late, when Ray has been shut down, would start another one.
-    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 
@@ -200,13 +197,12 @@ def _start(
             # Otherwise Ray makes a token of its own and writes it to the home folder.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            # Ray's default of 15 lets every other process here starve the workers; those of torchrun have 0.
-            "RAY_worker_niceness": "0",
         }
     )
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets, between the workers
     import ray
 
+    without_dashboard()
     cores = len(os.sched_getaffinity(0))
     gpus = visible_gpu_count()
     if gpus is None:
@@ -223,7 +219,7 @@ def _start(
             ray.init(
                 num_cpus=num_workers * cpus_per_worker,
                 num_gpus=gpus,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,

@@ -7,10 +7,12 @@ a cluster's head node may be too small for that, so there the work is a task on 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 from distlm.errors import InfrastructureError
 from distlm.processes import end_with_parent
 from distlm.stop_count import signals_held
+from distlm.temporary import temporary_root
 
 
 class Helper(Protocol):
@@ -40,9 +43,11 @@ class LocalHelper:
     """A process on this machine. It ends with the controller, however that ends."""
 
     def __init__(self) -> None:
+        self._scope = ExitStack()
+        folder = self._scope.enter_context(temporary_root())
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), name="distlm-helper")
+        self._process = context.Process(target=_serve, args=(theirs, str(folder)), name="distlm-helper")
         # What asks to stop may be sent to every process of the run; the controller decides what ends, and when.
         with signals_held():
             resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM in, in this thread
@@ -80,6 +85,7 @@ class LocalHelper:
     def close(self) -> None:
         self._process.kill()
         self._process.join()
+        self._scope.close()
 
 
 class ClusterHelper:
@@ -111,8 +117,10 @@ class RemoteTraceback(Exception):
     """The traceback in the process where an error was raised; its cause."""
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, folder: str) -> None:
+    """`folder`: for temporary files, which this process cannot remove when it is killed."""
     end_with_parent()
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     # As in any process that was not spawned. Libraries make locks by the default; those of spawned processes have names
     # in /dev/shm, which stay there if all is killed at once.
     multiprocessing.set_start_method("fork", force=True)

@@ -78,6 +78,8 @@ class Job:
     """How often the target had started it before this attempt."""
     from_step: int = 0
     """Of the newest checkpoint when the attempt began."""
+    address: str = ""
+    """Of the cluster, where the target has several."""
 
     def write(self, folder: AttemptFolder) -> None:
         write_json(folder.job_json, asdict(self))
@@ -95,7 +97,11 @@ class Launcher(Protocol):
     """One target."""
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
-        """What is wrong with a config for this target, as far as can be seen from here."""
+        """What is wrong with a config for this target, by itself."""
+        ...
+
+    def check_here(self, config: RunConfig) -> Iterator[Problem]:
+        """What is wrong with it, as far as can be seen from here: also with the files that it names."""
         ...
 
     def build(self, config: RunConfig, run: RunFolder) -> Request:
@@ -118,8 +124,8 @@ class QueueLauncher(Launcher, Protocol):
         """Raises nothing: a target that does not answer leaves the state UNKNOWN, with the reason."""
         ...
 
-    def log(self, job: Job, run: RunFolder) -> Path | None:
-        """What the job prints itself, where it is in the run's folder."""
+    def output(self, job: Job, run: RunFolder) -> str:
+        """What the job has printed so far, as far as that is known here."""
         ...
 
     def cancel(self, job: Job) -> None:

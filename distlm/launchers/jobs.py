@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from distlm.errors import Cause, ExitCode
 from distlm.launchers.base import Job, JobState, JobStatus
 from distlm.launchers.local import end_abandoned, tell_mlflow
+from distlm.launchers.ray import result_in
 from distlm.launchers.targets import queue_launcher
 from distlm.outcome import Outcome
-from distlm.run_folder import RunFolder, is_there, lease_holder, read_json
+from distlm.run_folder import RunFolder, is_there, lease_holder, read_json, write_json
 
 _MAX_LOG_LINES = 5
 
@@ -52,7 +53,11 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
     attempt = run.attempts()[-1]
     if is_there(attempt.result_json) or lease_holder(run) is not None:
         return
-    last_lines = "".join(f"; {line}" for line in job_log_lines(run, known.job)[-_MAX_LOG_LINES:])
+    lines = job_output(run, known.job).splitlines()
+    if (result := result_in(lines)) is not None:  # the run's folder is elsewhere, or not seen from here yet
+        write_json(attempt.result_json, result)
+        return
+    last_lines = "".join(f"; {line.strip()}" for line in lines[-_MAX_LOG_LINES:] if line.strip())
     message = f"the {known.job.target} job {known.job.id} has ended without a result ({known.status}){last_lines}"
     match known.status.state:
         case JobState.CANCELLED:
@@ -65,12 +70,7 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
     tell_mlflow(attempt)
 
 
-def job_log_lines(run: RunFolder, job: Job) -> list[str]:
-    """What the job has printed as far as its target keeps that in the run's folder."""
+def job_output(run: RunFolder, job: Job) -> str:
+    """What the job has printed so far, as far as that is known here."""
     launcher = queue_launcher(job.target)
-    path = launcher.log(job, run) if launcher else None
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path else ""
-    except OSError:
-        return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
+    return launcher.output(job, run) if launcher else ""

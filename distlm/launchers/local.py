@@ -43,6 +43,9 @@ class LocalLauncher:
     """The first one that has asked the last attempt to stop."""
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
+        yield from contradictions(config)
+
+    def check_here(self, config: RunConfig) -> Iterator[Problem]:
         if os.environ.get("RAY_ADDRESS"):  # the workers run elsewhere: preflight will tell
             yield from contradictions(config)
             return

@@ -28,12 +28,15 @@ class SlurmLauncher:
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         yield from contradictions(config)
-        yield from check_files(config)
         yield from _check_slurm(config)
+
+    def check_here(self, config: RunConfig) -> Iterator[Problem]:
+        yield from self.check(config)
+        yield from check_files(config)
 
     def build(self, config: RunConfig, run: RunFolder) -> Request:
         header = (f"Run {run.run_id} of distlm. `distlm status {run.path}` tells how it goes.",)
-        output = str(self.log(Job("slurm", "%j"), run))
+        output = str(_log(run, "%j"))
         return Request(_SBATCH, batch_script(config, [str(run.path)], header, output))
 
     def render(self, config: RunConfig, path: Path, overrides: list[str]) -> Request:
@@ -79,13 +82,20 @@ class SlurmLauncher:
         place = "" if before is None else f"{before or 'no'} job{'s' * (before != 1)} before it in its partition"
         return JobStatus(status.state, status.target_state, "; ".join(filter(None, (status.reason, place))))
 
-    def log(self, job: Job, run: RunFolder) -> Path:
-        return run.path / f"slurm-{job.id}.log"
+    def output(self, job: Job, run: RunFolder) -> str:
+        try:
+            return _log(run, job.id).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def cancel(self, job: Job) -> None:
         answer = _ask(("scancel", job.id))
         if answer.returncode != 0:
             raise InfrastructureError(f"scancel {job.id}: {_words(answer)}")
+
+
+def _log(run: RunFolder, job_id: str) -> Path:
+    return run.path / f"slurm-{job_id}.log"
 
 
 def _check_slurm(config: RunConfig) -> Iterator[Problem]:

@@ -44,7 +44,7 @@ _REASONS = {
     "Dependency": "another job has to end before",
     "JobHeldAdmin": "an administrator holds it; ask them",
     "JobHeldUser": "it is held; scontrol release JOBID lets it go",
-    "launch_failed_requeued_held": "it could not be started on its node (a failed prolog?); an administrator's job",
+    "launch failed requeued held": "it could not be started on its node (a failed prolog?); an administrator's job",
     "NodeDown": "a node that it needs is down",
     "PartitionDown": "the partition is down",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives; lower slurm.nodes",
@@ -73,7 +73,7 @@ def status_of_job(shown: str) -> JobStatus:
     values = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|StartTime|NodeList|RunTime|TimeLimit)=(\S*)", shown))
     word, (code, signal_number) = values.get("JobState", ""), _exit_code(values.get("ExitCode", ""))
     state = state_of(word, code)
-    reason = explained(values.get("Reason", "None"))
+    reason = explained(values.get("Reason", "None").replace("_", " "))
     if state == JobState.PENDING:
         begins = values.get("StartTime", "Unknown")
         expected = f"Slurm expects it to start at {begins}" if begins not in ("Unknown", "N/A") else ""

@@ -74,7 +74,7 @@ def _supervise(
         if not goes_on or not _pause(decision.pause_s):
             tell_mlflow(attempt)
             return result
-        loaded, changes = changed_config(run, [], launcher.check)
+        loaded, changes = changed_config(run, [], launcher.check_here)
         attempt = begin_attempt(loaded, run, [], changes=changes)
         view.show(begin_event(config, run, attempt))
 

@@ -8,9 +8,10 @@ from distlm.config.schema import RunConfig
 from distlm.errors import Problem
 from distlm.launchers.base import Launcher, QueueLauncher
 from distlm.launchers.local import LocalLauncher
+from distlm.launchers.ray import RayLauncher
 from distlm.launchers.slurm import SlurmLauncher
 
-_WITH_QUEUE = {"slurm": SlurmLauncher}
+_WITH_QUEUE: dict[str, type[QueueLauncher]] = {"ray": RayLauncher, "slurm": SlurmLauncher}
 
 
 def queue_launcher(target: str) -> QueueLauncher | None:
@@ -24,4 +25,4 @@ def launcher_for(config: RunConfig) -> Launcher:
 
 def check_for_target(config: RunConfig) -> Iterator[Problem]:
     """What is wrong with a config for the target that it names, as far as can be seen from here."""
-    return launcher_for(config).check(config)
+    return launcher_for(config).check_here(config)

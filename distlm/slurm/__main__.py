@@ -73,7 +73,7 @@ def _run(allocation: Allocation, what: Path, overrides: list[str]) -> RunFolder:
             f"the run's folder {what} is not there on {os.uname().nodename}: every node of the job must see it; set "
             "runs_dir to a folder on shared storage"
         )
-    loaded = load_config(what, [*overrides, _TARGET], SlurmLauncher().check)
+    loaded = load_config(what, [*overrides, _TARGET], SlurmLauncher().check_here)
     runs_dir = Path(loaded.config.runs_dir).absolute()
     if allocation.num_restarts and (run := _run_of_job(runs_dir, allocation.job_id)) is not None:
         return run
@@ -106,9 +106,9 @@ def _next_attempt(run: RunFolder) -> AttemptFolder:
     newest = run.attempts()[-1]
     if not newest.handle_json.exists() and not newest.result_json.exists():
         return newest
-    loaded, changes = changed_config(run, [], SlurmLauncher().check)
+    loaded, changes = changed_config(run, [], SlurmLauncher().check_here)
     if loaded.config.resources.target != "slurm":
-        loaded, changes = changed_config(run, [_TARGET], SlurmLauncher().check)
+        loaded, changes = changed_config(run, [_TARGET], SlurmLauncher().check_here)
     with lease(run):
         if not newest.result_json.exists():
             text = "the job was ended by Slurm before it could save (a node lost, or no time left)"

@@ -21,6 +21,7 @@ import psutil
 
 from distlm.devices import visible_gpu_count
 from distlm.processes import adopt_orphans, descendants, kill_processes
+from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_dashboard
 from distlm.slurm.allocation import NUM_HEAD_PORTS, PORTS_PER_JOB, own_address
 from distlm.slurm.ray_nodes import STOP_LINE, NodeOrder
 from distlm.stop_count import STOP_SIGNALS
@@ -28,24 +29,18 @@ from distlm.temporary import temporary_root
 
 _HEAD_TIMEOUT_S, _LOOK_INTERVAL_S = 120.0, 0.1
 _MAX_GENERATIONS = 4
-_RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray's default of 15 lets every other process here starve the workers; those of torchrun have 0.
-    "RAY_worker_niceness": "0",
-}
 
 
 def main() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for Ray's processes, too, which inherit it
-    os.environ.update(_RAY_SETTINGS)
+    os.environ.update(OF_EVERY_NODE)
     adopt_orphans()
     threading.Thread(target=_tell_of_signals, name="signals", daemon=True).start()
     with temporary_root() as folder:
         os.environ["RAY_TMPDIR"] = str(folder)
         from ray.scripts import scripts  # takes 3 s, in which the job may write its line
 
+        without_dashboard()
         order = NodeOrder.from_line(sys.stdin.readline())
         threading.Thread(target=_end_with_input, args=(folder,), name="end-with-input", daemon=True).start()
         if not order.is_head:
@@ -70,7 +65,7 @@ def _arguments(order: NodeOrder, folder: Path) -> list[str]:
         what.append(f"--num-gpus={num_gpus}")
     return [
         *what, *_ports(order.first_port), f"--num-cpus={order.num_cpus}",
-        f"--object-store-memory={order.object_store_bytes}", f"--temp-dir={folder}", "--disable-usage-stats", "--block",
+        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats", "--block",
     ]  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from typing import Self
 from distlm.errors import InfrastructureError
 from distlm.slurm.allocation import NUM_HEAD_PORTS, Allocation, own_address
 
-_OBJECT_STORE_BYTES = 100 * 2**20  # distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB
 _SHARE_FOR_RAY = 0.8
 """Of a node's memory, what Ray may promise; nothing that distlm starts asks Ray for memory."""
 _MIB = 2**20
@@ -45,7 +44,6 @@ class NodeOrder:
     first_port: int
     num_cpus: int
     memory_bytes: int | None
-    object_store_bytes: int = _OBJECT_STORE_BYTES
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"
@@ -113,8 +111,8 @@ class RayNodes:
                 return
             log = f"see {self._log(node)}"
             if number == _MAX_STARTS:
-                return self._say(f"warning: Ray on {node} has ended again ({code}) and stays away; {log}")
-            self._say(f"warning: Ray on {node} has ended ({code}) and is started again; {log}")
+                return self._say(f"Ray on {node} has ended again ({code}) and stays away; {log}")
+            self._say(f"Ray on {node} has ended ({code}) and is started again; {log}")
             if self._ending.wait(_PAUSE_S):
                 return
 

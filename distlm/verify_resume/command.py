@@ -91,15 +91,15 @@ def verify_resume(config: Path, overrides: list[str], steps: int, sizes: list[in
         DistlmError: a run failed for another reason.
     """
     launcher = LocalLauncher()
-    users = load_config(config, overrides, launcher.check).config
+    users = load_config(config, overrides, launcher.check_here).config
     is_given, sizes = sizes is not None, sizes or default_sizes(users)
     plan = make_plan(steps, sizes)
     require_packages()
     with folder_for_runs(Path(users.runs_dir), keep) as folder:
         overrides = [*overrides, *rehearsal_overrides(users, plan, folder.path)]
         for size in sorted(set(sizes)):  # what can be told from here is refused here, and not after the other runs
-            load_config(config, [*overrides, f"resources.num_workers={size}"], launcher.check)
-        loaded = load_config(config, [*overrides, f"resources.num_workers={sizes[0]}"], launcher.check)
+            load_config(config, [*overrides, f"resources.num_workers={size}"], launcher.check_here)
+        loaded = load_config(config, [*overrides, f"resources.num_workers={sizes[0]}"], launcher.check_here)
         say(
             f"verify-resume: {steps} steps straight on {sizes[0]} workers, then in {len(sizes)} pieces on "
             f"{_joined(sizes)} workers",
@@ -201,7 +201,7 @@ def _attempt(launcher: LocalLauncher, loaded: LoadedConfig, run: RunFolder, plan
     changes: list[str] = []
     overrides = [f"resources.num_workers={planned.workers}"]
     if run.attempts():
-        loaded, changes = changed_config(run, overrides, launcher.check)
+        loaded, changes = changed_config(run, overrides, launcher.check_here)
     kill_in_step = planned.last_step + 1 if planned.is_killed else None
     attempt = begin_attempt(loaded, run, overrides, changes=changes, record_samples=True, kill_in_step=kill_in_step)
     result = launcher.run(launcher.build(loaded.config, run), attempt, PlainView(sys.stdout))

@@ -97,7 +97,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("paths:", "path:", "run.yaml:8: data.train.0.path: unknown key; did you mean data.train.0.paths?"),
         ("hidden_size:", "hiden_size:", "run.yaml:3: model.config.hiden_size = 32: unknown key; did you mean hidden_size?"),
         ("name: small", "größe: 3", "run.yaml:1: größe = 3: unknown key; allowed here: name, seed, task, model, peft, "
-         "tokenizer, data, training, deepspeed, resources, slurm, recovery, tracking, profile, runs_dir, env"),
+         "tokenizer, data, training, deepspeed, resources, ray, slurm, recovery, tracking, profile, runs_dir, env"),
         ("source: files, ", "", "run.yaml:8: data.train.0: needs the key 'source'"),
         ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'parallel', 'datasets', 'python-docs'"),
         ("[corpus.jsonl]", "corpus.jsonl", "run.yaml:8: data.train.0.paths = corpus.jsonl: must be a list, such as [a, b]"),

@@ -107,18 +107,18 @@ def test_missing_data_names_the_folder_that_the_run_was_started_in(
     run = make_run()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        reproduce(run, [], LocalLauncher().check)
+        reproduce(run, [], LocalLauncher().check_here)
     first, second = caught.value.problems
     assert first.key == "data.train.0" and first.location.startswith("project/runs/")
     assert "no such file" in first.message and str(tmp_path) in first.message
     assert f"was started in {folder}, where its relative paths begin" in second.message
     (tmp_path / "corpus.txt").write_text("Other text.\n")
-    (warning,) = reproduce(run, [], LocalLauncher().check).warnings
+    (warning,) = reproduce(run, [], LocalLauncher().check_here).warnings
     assert f"was started in {folder}" in warning
     monkeypatch.chdir(folder)
     (folder / "corpus.txt").unlink()
     with pytest.raises(InputError) as caught:
-        reproduce(run, [], LocalLauncher().check)
+        reproduce(run, [], LocalLauncher().check_here)
     assert len(caught.value.problems) == 1, "here, another folder is not the cause"
 
 
