@@ -1,10 +1,13 @@
 # make run    sets up .venv and pretrains the demo model
 # make test   sets up .venv, lints, type-checks and tests
+# make test-cluster   as root, on Debian: installs Slurm, and tests on a Slurm and a Ray of two hosts each
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lint bench clean
+CLIENT := .venv-client
+
+.PHONY: setup run test test-cluster lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +30,16 @@ lint: setup
 test: lint
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
+# One after the other: each uses the whole machine.
+test-cluster: setup $(CLIENT)/.installed
+	SLURM_LAB_INSTALL=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests/cluster
+
+# What a machine has that only sends runs to a Ray cluster.
+$(CLIENT)/.installed: pyproject.toml
+	test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/pip install --quiet -e '.[ray]'
+	touch $@
+
 bench: setup
 	$(BIN)/python benchmarks/control_plane.py
 	$(BIN)/python benchmarks/checkpoint.py
@@ -41,4 +54,4 @@ bench: setup
 	$(BIN)/python benchmarks/finetune.py --memory
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(CLIENT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -17,7 +17,7 @@ OBJECT_STORE_BYTES = 100 * 2**20
 
 
 def without_dashboard() -> None:
-    """From now on Ray starts its agents here as if the packages of its dashboard were not installed: without servers and
+    """From now on Ray starts its agents here as if its dashboard was not installed: without servers and
     metrics that nobody asks for, and that take seconds to import on every node. Imports ray."""
     from ray._private import utils
 

@@ -90,7 +90,7 @@ class _Follower:
             if (later := [one for one in attempts if one.number > self._attempt.number]) != []:
                 self._show_new_lines()
                 self._attempt = later[0]
-                self._tail, self._job_tail = _Tail(self._attempt.output_log), None
+                self._tail, self._job_tail, self._seen = _Tail(self._attempt.output_log), None, set()
                 continue
             if time.monotonic() >= self._next_ask_s and (code := self._look(shows_ending)) is not None:
                 return code
@@ -126,7 +126,7 @@ class _Follower:
         result = read_json(self._attempt.result_json)
         lines = ending_lines(self._run, load_attempt(self._run, self._attempt).config, result)
         deadline = time.monotonic() + _LAST_LINES_TIMEOUT_S
-        while not (is_told := {lines[0], f"distlm: {lines[0]}"} & self._seen) and time.monotonic() < deadline:
+        while not (is_told := self._has_seen(lines[0])) and time.monotonic() < deadline:
             time.sleep(_LOOK_INTERVAL_S)
             self._show_new_lines()
         self._view.show(make_event("result", **result))
@@ -134,6 +134,11 @@ class _Follower:
             say_ending(lines, result["exit_code"])
         self._view.close()
         return int(result["exit_code"])
+
+    def _has_seen(self, ending: str) -> bool:
+        """Whether the log has told the end itself: paths in it may be other ones, from another folder."""
+        how = ending.partition(":")[0]
+        return any(line.removeprefix("distlm: ").startswith(how) for line in self._seen)
 
     def _show_new_lines(self) -> None:
         if not (self._job_tail and self._job_tail.has_shown):  # which are the same

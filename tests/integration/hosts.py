@@ -26,6 +26,9 @@ class Host:
         """As if the cable was pulled: no connection is reset."""
         _run("ip", "link", "set", self.link, "down")
 
+    def connect_again(self) -> None:
+        _run("ip", "link", "set", self.link, "up")
+
 
 @contextmanager
 def hosts(count: int, private: Path) -> Iterator[list[Host]]:

@@ -71,7 +71,7 @@ class Command:
         self._place = place
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                [*place.where, sys.executable, "-m", "distlm.cli", *arguments], cwd=place.folder,
+                [*place.where, place.python, "-m", "distlm.cli", *arguments], cwd=place.folder,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=place.environ,
             )  # fmt: skip
 
@@ -122,6 +122,7 @@ class Place:
         self.environ |= {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
         self.where: tuple[str, ...] = ()
         """Put before commands, runs them on another host."""
+        self.python = sys.executable
 
     def start(self, *arguments: str) -> Command:
         return Command(self, arguments)

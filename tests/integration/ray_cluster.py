@@ -24,8 +24,11 @@ DEADLINE_IN_S = 600
 class RayCluster:
     """Its head and its other nodes, with token authentication."""
 
-    def __init__(self, folder: Path, num_cpus: int = 2, host: Host | None = None) -> None:
-        """The head has `num_cpus`, and is on `host` or on this machine. The folder's path is short, as Ray needs it."""
+    def __init__(
+        self, folder: Path, num_cpus: int = 2, host: Host | None = None, dashboard_port: int | None = None
+    ) -> None:
+        """The head has `num_cpus`, and is on `host` or on this machine. The folder's path is short, as Ray needs it.
+        `dashboard_port`: of its Jobs API; None: it has none."""
         self._folder = folder
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environ |= {
@@ -35,10 +38,12 @@ class RayCluster:
         self._num_nodes = 0
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
-        head = self._start(
-            "--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false",
-            num_cpus=num_cpus, host=host,
-        )  # fmt: skip
+        dashboard = ["--include-dashboard=false"]
+        if dashboard_port is not None:
+            dashboard = [
+                "--include-dashboard=true", "--dashboard-host=0.0.0.0", f"--dashboard-port={dashboard_port}",
+            ]  # fmt: skip
+        head = self._start("--head", f"--port={port}", f"--temp-dir={folder}", *dashboard, num_cpus=num_cpus, host=host)
         self.gcs = wait_until(lambda: self._child(head, "gcs_server"), START_TIMEOUT_S, "Ray's head")
         address = next(part for part in self._command(self.gcs) if part.startswith("--node-ip-address="))
         self.address = f"{address.partition('=')[2]}:{port}"
