@@ -10,9 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from distlm.config.attempt import begin_attempt, create_run, load_attempt
+from distlm.config.attempt import Attempt, begin_attempt, create_run, load_attempt
 from distlm.config.load import load_config
 from distlm.console import exit_code_of, say
 from distlm.errors import InputError
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         run = _carried_run(Path(arguments[0]), json.loads(files))
     else:
         run = _new_run(Path(arguments[0]), list(arguments[1:]))
+    with suppress(OSError):  # what is missing there is named by who needs it
+        os.chdir(Attempt.read(run.attempts()[-1]).working_directory)
     attempt, view = run.attempts()[-1], KeptView(PlainView(sys.stdout))
     view.show(begin_event(load_attempt(run, attempt).config, run, attempt))
     code = wait_for_attempt(run, attempt, view, LocalLauncher(), shows_ending=True)

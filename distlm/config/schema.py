@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import shlex
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -88,19 +89,37 @@ _OWN_DIRECTIVES = {
     "--signal": "resources.time_to_save_s", "--requeue": "slurm.max_requeues", "--no-requeue": "slurm.max_requeues",
     "--ntasks": "slurm.nodes", "-n": "slurm.nodes", "--ntasks-per-node": "slurm.nodes",
     "--output": "", "-o": "", "--error": "", "-e": "", "--open-mode": "", "--parsable": "", "--wait": "", "-W": "",
-    "--chdir": "", "-D": "", "--wrap": "",
+    "--chdir": "", "-D": "", "--wrap": "", "--array": "", "-a": "",
 }  # fmt: skip
 """Options of sbatch that follow from keys of the config; empty: that distlm needs as they are."""
 
 
+_FULL_OPTIONS = ("--gpus", "--mem-per-cpu", "--mem-per-gpu")
+"""Options of their own whose names begin, or go on, like one of those."""
+
+
 def _directive(text: str) -> str:
-    name = re.split(r"[= ]", text, maxsplit=1)[0]
-    if not text.startswith("-") or "\n" in text:
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    if not text.startswith("-") or "\n" in text or any(word.startswith("-") for word in words[1:]) or not words:
         raise PydanticCustomError("directive", "must be one option of sbatch, such as --mail-type=END")
-    if (key := _OWN_DIRECTIVES.get(name)) is not None:
-        message = f"set {key} for it" if key else "is set by distlm, and cannot be another one"
+    if (own := _own_directive(words[0].partition("=")[0])) is not None:
+        key = _OWN_DIRECTIVES[own]
+        message = f"is {own}: set {key} for it" if key else f"is {own}, which is set by distlm"
         raise PydanticCustomError("directive", message)
     return text
+
+
+def _own_directive(option: str) -> str | None:
+    """Which of those that distlm sets an option is: sbatch takes beginnings of long ones, and values glued to short
+    ones."""
+    if not option.startswith("--"):
+        return option[:2] if option[:2] in _OWN_DIRECTIVES else None
+    if option in _OWN_DIRECTIVES or option in _FULL_OPTIONS:
+        return option if option in _OWN_DIRECTIVES else None
+    return next((own for own in _OWN_DIRECTIVES if own.startswith(option)), None)
 
 
 def _delimiter(text: str) -> str:
@@ -466,6 +485,17 @@ class DeepSpeedSettings(Section):
     """Where sharded weights live between uses; `cpu` needs stage 3."""
 
 
+_NETWORK_VARIABLES = ("NCCL_", "GLOO_", "UCX_", "FI_")
+
+
+def _network_env(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if not name.startswith(_NETWORK_VARIABLES):
+            message = "{name} is none of communication: allowed are names that begin with NCCL_, GLOO_, UCX_ or FI_"
+            raise PydanticCustomError("network_env", message, {"name": name})
+    return variables
+
+
 class ResourcesConfig(Section):
     """Where an attempt runs and on how much. May differ between the attempts of one run."""
 
@@ -484,12 +514,24 @@ class ResourcesConfig(Section):
     cpus_per_worker: PositiveInt | None = None
     """CPU cores (and threads) per worker; null: an equal share of the cores of the machine or cluster, but 1 with GPUs
     of a cluster, and 1 in an elastic run on a cluster, whose cores come and go."""
+    network_interface: NonEmptyStr | None = None
+    """Network interface by which workers talk to each other, such as ib0: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME.
+    null: what these say, else the one with the address that Ray knows the node by."""
+    network_env: Annotated[dict[NonEmptyStr, str], AfterValidator(_network_env)] = {}
+    """Further environment variables of communication, by names that begin with NCCL_, GLOO_, UCX_ or FI_, such
+    as {NCCL_IB_HCA: mlx5}."""
     time_limit_s: PositiveFloat | None = None
     """The attempt ends by itself before it has lasted that many seconds, in time to be saved, as preempted (exit code
     75); null: no limit. Counted from the start of the controller, which is later than that of a batch job."""
     time_to_save_s: PositiveFloat = 60.0
     """How many seconds before `time_limit_s` the workers are asked to finish their step and save. What is not saved at
     the limit is lost, and the newest checkpoint is continued."""
+
+    @property
+    def communication(self) -> dict[str, str]:
+        """The environment variables of the workers' communication."""
+        by_interface = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.network_interface)
+        return {**{name: value for name, value in by_interface.items() if value}, **self.network_env}
 
     @property
     def min_workers(self) -> int:

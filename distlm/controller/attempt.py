@@ -161,7 +161,7 @@ class AttemptController:
         self._stop_if_asked()
         self._first_size = preflight.check_capacity(self.config, cluster)
         preflight.check_quantization(self.config, cluster.device)
-        preflight.check_storage(self.run, cluster)
+        preflight.check_nodes(cluster, Attempt.read(self.folder).distlm_version)
         self._stop_if_asked()
         self._phases.append(phase_ended("preflight", 1))
 
@@ -373,6 +373,7 @@ class AttemptController:
             checkpoint=str(checkpoint.path) if checkpoint else None,
             checkpoint_step=step,
             mailbox=mailbox,
+            communication=config.resources.communication,
         )
         self._stop_if_asked()
         self._workers, self._watchdog = {}, Watchdog(self.config.recovery)
@@ -409,7 +410,7 @@ class AttemptController:
 
     def _tell_of_unfit_nodes(self, watch: ClusterWatch) -> None:
         for problem in watch.new_problems():
-            self.progress.say(f"warning: a node is not used: every node must share {self.run.runs_dir}, but {problem}")
+            self.progress.say(f"warning: a node is not used: {problem}")
 
     def _follow_nodes(self, cluster: Cluster, watch: ClusterWatch, mailbox: Any, num_workers: int) -> None:
         """Have the workers save and stop where more could go on, or where some are on a node that is about to leave;
@@ -499,7 +500,7 @@ class AttemptController:
                     f"training ends after step {message['step']}: {self.config.training.metric_for_best_model} was no "
                     f"better in {self.config.training.early_stopping_patience} evaluations"
                 )
-            elif message.get("event") == "step_map":
+            elif message.get("event") == "note":
                 self.progress.say(message["message"])
 
     def _record_startup(self, recorder: Recorder, first_step: dict[str, Any]) -> None:

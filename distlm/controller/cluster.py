@@ -16,7 +16,7 @@ import psutil
 from distlm.config.schema import ResourcesConfig
 from distlm.controller.capacity import answers, choose_world_size, living_nodes
 from distlm.controller.cluster_watch import ClusterWatch
-from distlm.controller.storage import SharedStorage
+from distlm.controller.fitness import NodeFitness
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
@@ -51,8 +51,8 @@ class Cluster:
     device: str
     """What workers compute on: cpu or cuda."""
     cpus_per_worker: int
-    storage: SharedStorage
-    """Knows which nodes see the run's folder."""
+    fitness: NodeFitness
+    """Knows which nodes may have workers."""
     logs: Path | None = None
     """Ray's own logs, where they vanish with the cluster; None: they stay on the cluster."""
     processes: Sequence[psutil.Process] = ()
@@ -63,8 +63,8 @@ class Cluster:
     """Its nodes are for this attempt alone, and each is to have some of the workers."""
 
     def unfit_nodes(self) -> list[str]:
-        """Where no worker is to be: nodes that do not share the run's folder, or do not answer."""
-        return self.storage.unfit() + (self.watch.missing() if self.watch else [])
+        """Where no worker is to be: nodes that are not fit, or do not answer."""
+        return self.fitness.unfit() + (self.watch.missing() if self.watch else [])
 
     def require_alive(self) -> None:
         """Raises RayLostError where Ray has lost what it cannot do without."""
@@ -103,15 +103,15 @@ def connect(
     the numbers of workers that `resources` allow; Ray is started for the largest that this machine has room for. Nodes
     are to share `run_folder`. `while_waiting` is called again and again while nodes are not there yet."""
     os.environ.update(_RAY_SETTINGS)
-    with closing(SharedStorage(run_folder)) as storage:
+    with closing(NodeFitness(run_folder, resources.network_interface)) as fitness:
         if address := os.environ.get("RAY_ADDRESS"):
             num_own_nodes = int(os.environ.get(NUM_OWN_NODES, 0))
             if num_own_nodes:
                 _wait_for_head(address, while_waiting)
-            yield from _join(resources, storage, address, num_own_nodes, while_waiting)
+            yield from _join(resources, fitness, address, num_own_nodes, while_waiting)
         else:
             assert temporary_root is not None
-            yield from _start(resources, possible, storage, temporary_root)
+            yield from _start(resources, possible, fitness, temporary_root)
 
 
 def _wait_for_head(address: str, while_waiting: Callable[[], None]) -> None:
@@ -127,7 +127,7 @@ def _wait_for_head(address: str, while_waiting: Callable[[], None]) -> None:
 
 def _join(
     resources: ResourcesConfig,
-    storage: SharedStorage,
+    fitness: NodeFitness,
     address: str,
     num_own_nodes: int,
     while_waiting: Callable[[], None],
@@ -143,7 +143,7 @@ def _join(
     try:
         if num_own_nodes:
             _wait_for_nodes(num_own_nodes, is_least=not resources.is_elastic, while_waiting=while_waiting)
-        watch = ClusterWatch(storage)
+        watch = ClusterWatch(fitness)
         total = ray.cluster_resources()
         device = resources.device
         if device == "auto":
@@ -155,7 +155,7 @@ def _join(
         else:
             share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
         cpus_per_worker = resources.cpus_per_worker or share
-        yield Cluster(device, cpus_per_worker, storage, watch=watch, spreads_workers=num_own_nodes > 0)
+        yield Cluster(device, cpus_per_worker, fitness, watch=watch, spreads_workers=num_own_nodes > 0)
     finally:
         if watch:
             watch.close()
@@ -186,7 +186,7 @@ def share_of_cpus(cpus: Sequence[float], num_workers: int) -> int:
 
 
 def _start(
-    resources: ResourcesConfig, possible: Sequence[int], storage: SharedStorage, temporary_root: Path
+    resources: ResourcesConfig, possible: Sequence[int], fitness: NodeFitness, temporary_root: Path
 ) -> Iterator[Cluster]:
     os.environ.update(
         {
@@ -230,7 +230,7 @@ def _start(
         raise InfrastructureError(f"Ray did not start on this machine: {error}") from error
     try:
         logs = temporary_root / "ray" / "session_latest" / "logs"
-        yield Cluster(device, cpus_per_worker, storage, logs, _vital_processes(others))
+        yield Cluster(device, cpus_per_worker, fitness, logs, _vital_processes(others))
     finally:
         _stop_ray(others)
 

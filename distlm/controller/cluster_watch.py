@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from distlm.controller.capacity import Node, living_nodes
-from distlm.controller.storage import SharedStorage
+from distlm.controller.fitness import NodeFitness
 from distlm.errors import InfrastructureError, RayLostError
 
 _INTERVAL_S = 1.0
@@ -19,8 +19,8 @@ _NUM_MISSES = 3
 class ClusterWatch:
     """The nodes that there are, as seen by a thread."""
 
-    def __init__(self, storage: SharedStorage, look: Callable[[], Sequence[Node]] = living_nodes) -> None:
-        self._look, self._storage = look, storage
+    def __init__(self, fitness: NodeFitness, look: Callable[[], Sequence[Node]] = living_nodes) -> None:
+        self._look, self._fitness = look, fitness
         self._nodes: Sequence[Node] = ()
         self._num_told = 0
         self._num_misses: dict[str, int] = {}
@@ -31,12 +31,12 @@ class ClusterWatch:
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """Those that are alive and share the run's folder; empty before the first look."""
+        """Those that are alive and fit; empty before the first look."""
         return self._nodes
 
     def new_problems(self) -> list[str]:
         """What is wrong with nodes that have come, each told once."""
-        problems = self._storage.problems()[self._num_told :]
+        problems = self._fitness.problems()[self._num_told :]
         self._num_told += len(problems)
         return problems
 
@@ -66,9 +66,9 @@ class ClusterWatch:
         here = {node.id for node in nodes}
         known = here | self._num_misses.keys()
         self._num_misses = {node: 0 if node in here else self._num_misses.get(node, 0) + 1 for node in known}
-        self._storage.ask(nodes)
-        self._storage.collect()
-        self._nodes = [node for node in nodes if self._storage.shares(node)]
+        self._fitness.ask(nodes)
+        self._fitness.collect()
+        self._nodes = [node for node in nodes if self._fitness.is_fit(node)]
         self._seen_s, self._problem = time.monotonic(), ""
 
     def _run(self) -> None:

@@ -1,16 +1,18 @@
-"""What only the cluster can tell before a worker starts: capacity, and storage that every node shares and can write."""
+"""What only the cluster can tell before a worker starts: capacity, and nodes that are fit for workers."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 
+import distlm
 from distlm.checkpoint.store import CheckpointStore
 from distlm.config.resolve import possible_world_sizes
 from distlm.config.schema import RunConfig
 from distlm.controller.capacity import choose_world_size, living_nodes, places
 from distlm.controller.cluster import Cluster
-from distlm.errors import InputError, Problem
+from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.run_folder import RunFolder
 
 _NODE_TIMEOUT_S = 60.0
@@ -49,19 +51,25 @@ def check_quantization(config: RunConfig, device: str) -> None:
         raise InputError(Problem("needs the package bitsandbytes: pip install bitsandbytes", key))
 
 
-def check_storage(run: RunFolder, cluster: Cluster) -> None:
-    """Raise InputError if not every node shares the run's folder."""
-    cluster.storage.ask(living_nodes())
-    cluster.storage.collect(_NODE_TIMEOUT_S)
-    problems = cluster.storage.problems() + [
-        f"{node.host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for node in cluster.storage.silent()
-    ]
-    if problems:
+def check_nodes(cluster: Cluster, sent_by: str) -> None:
+    """Raise InputError if not every node is fit for workers, InfrastructureError where one does not answer or is not
+    reached by others. `sent_by`: the version of distlm that the user has used."""
+    if sent_by != distlm.__version__:
         raise InputError(
-            *(
-                Problem(f"every node must share this folder, but {text}", "runs_dir", str(run.runs_dir))
-                for text in problems
-            )
+            f"the run was sent by distlm {sent_by}, and {os.uname().nodename} has distlm {distlm.__version__}; install "
+            "the same on both (on a Ray cluster, ray.code=carried sends it along)"
+        )
+    if cluster.watch is None:  # the only node is this one
+        return
+    cluster.fitness.ask(living_nodes())
+    cluster.fitness.collect(_NODE_TIMEOUT_S)
+    if problems := cluster.fitness.problems():
+        raise InputError(*problems)
+    deaf = [f"{node.host} did not answer in {_NODE_TIMEOUT_S:.0f} s" for node in cluster.fitness.silent()]
+    if deaf := deaf or cluster.fitness.check_network(_NODE_TIMEOUT_S):
+        raise InfrastructureError(
+            f"{'; '.join(deaf)}: workers connect to each other on any port; look at that node's network and firewall, "
+            "or leave it out"
         )
 
 

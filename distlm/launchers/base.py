@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from distlm.config.schema import RunConfig
-from distlm.errors import Problem
+from distlm.errors import InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 
 
@@ -87,10 +87,13 @@ class Job:
     @classmethod
     def read(cls, folder: AttemptFolder) -> Self | None:
         """None: the attempt was not given to a target with a queue. Raises InputError if the file is damaged."""
-        content: dict[str, Any] | None = read_json(folder.job_json)
-        if not isinstance(content, dict):
+        content: Any = read_json(folder.job_json)
+        if content is None:
             return None
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        try:
+            return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        except TypeError as error:
+            raise InputError(f"{folder.job_json} is damaged: {error}") from None
 
 
 class Launcher(Protocol):

@@ -3,6 +3,7 @@ it has ended without having done it itself."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from distlm.errors import Cause, ExitCode
@@ -40,11 +41,13 @@ def find_job(run: RunFolder) -> KnownJob | None:
     if job is None or (launcher := queue_launcher(job.target)) is None:
         return None
     result = read_json(attempts[-1].result_json) if is_there(attempts[-1].result_json) else None
-    if result is not None and result.get("exit_code") not in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE):
+    code = result.get("exit_code") if isinstance(result, dict) else None
+    if result is not None and code not in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE):
         return None
     known = KnownJob(job, launcher.status(job))
     if result is None and not known.is_alive and known.status.state != JobState.UNKNOWN:
-        _settle(run, known)
+        with suppress(PermissionError):  # somebody else's run
+            _settle(run, known)
     return known
 
 

@@ -36,7 +36,7 @@ class SlurmLauncher:
 
     def build(self, config: RunConfig, run: RunFolder) -> Request:
         header = (f"Run {run.run_id} of distlm. `distlm status {run.path}` tells how it goes.",)
-        output = str(_log(run, "%j"))
+        output = f"{str(run.path).replace('%', '%%')}/{_log(run, '%j').name}"
         return Request(_SBATCH, batch_script(config, [str(run.path)], header, output))
 
     def render(self, config: RunConfig, path: Path, overrides: list[str]) -> Request:
@@ -77,7 +77,10 @@ class SlurmLauncher:
     def _with_place_in_queue(self, job: Job, status: JobStatus) -> JobStatus:
         """How many jobs of the same partition come before it."""
         columns = "JobID:32,State:32,Partition:128,PriorityLong:32"
-        queue = _ask(("squeue", "--noheader", "--states=PENDING", "--array", f"--Format={columns}"))
+        try:
+            queue = _ask(("squeue", "--noheader", "--states=PENDING", "--array", f"--Format={columns}"))
+        except (InputError, InfrastructureError):
+            return status
         before = num_jobs_before(queue.stdout, job.id) if queue.returncode == 0 else None
         place = "" if before is None else f"{before or 'no'} job{'s' * (before != 1)} before it in its partition"
         return JobStatus(status.state, status.target_state, "; ".join(filter(None, (status.reason, place))))
@@ -133,7 +136,8 @@ def _ask(command: Sequence[str], content: str = "", folder: Path | None = None) 
         )
     try:
         return subprocess.run(
-            command, input=content, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+            command, input=content, cwd=folder, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=_TIMEOUT_S, check=False,
             env={**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:

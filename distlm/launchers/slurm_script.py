@@ -33,7 +33,8 @@ def batch_script(config: RunConfig, what: Sequence[str], header: Sequence[str], 
     """
     slurm = config.slurm
     python = "python" if slurm.prologue.strip() else shlex.quote(sys.executable)
-    lines = ["#!/bin/bash", *(f"# {line}".rstrip() for line in header)]
+    comment = [line for text in header for line in text.splitlines() or [""]]
+    lines = ["#!/bin/bash", *(f"# {line}".rstrip() for line in comment)]
     lines += [f"#SBATCH {directive}" for directive in _directives(config, output)]
     if slurm.prologue.strip():
         lines += ["", *slurm.prologue.strip().splitlines()]

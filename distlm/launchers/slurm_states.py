@@ -1,7 +1,7 @@
 """What Slurm says about jobs, in distlm's words.
 
 submitted   (nothing yet)
-pending     PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT
+pending     PENDING CONFIGURING EXPEDITING POWER_UP_NODE REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT
 running     RUNNING COMPLETING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED
 succeeded   COMPLETED
 failed      FAILED BOOT_FAIL DEADLINE NODE_FAIL OUT_OF_MEMORY LAUNCH_FAILED RECONFIG_FAIL
@@ -19,7 +19,7 @@ from distlm.launchers.base import JobState, JobStatus
 
 _STATES = {
     JobState.PENDING: (
-        "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
+        "PENDING", "CONFIGURING", "EXPEDITING", "POWER_UP_NODE", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
     ),
     JobState.RUNNING: (
         "RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED",
@@ -41,6 +41,7 @@ _REASONS = {
     "AssocMaxJobsLimit": "the account runs as many jobs as it may",
     "BeginTime": "it may not begin yet; a job that was put back into the queue waits for up to two minutes",
     "Cleaning": "what is left of its last start is being ended",
+    "DependencyNeverSatisfied": "the job that it waits for has failed; it will never begin",
     "Dependency": "another job has to end before",
     "JobHeldAdmin": "an administrator holds it; ask them",
     "JobHeldUser": "it is held; scontrol release JOBID lets it go",
@@ -70,7 +71,11 @@ def state_of(word: str, exit_code: int | None = None) -> JobState:
 
 def status_of_job(shown: str) -> JobStatus:
     """From one line of `scontrol show job --oneliner`."""
-    values = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|StartTime|NodeList|RunTime|TimeLimit)=(\S*)", shown))
+    values: dict[str, str] = {}
+    for name, value in re.findall(
+        r"(?:^|\s)(JobState|Reason|ExitCode|StartTime|NodeList|RunTime|TimeLimit)=(\S*)", shown
+    ):
+        values.setdefault(name, value)  # a comment, or the name of a folder, may look the same
     word, (code, signal_number) = values.get("JobState", ""), _exit_code(values.get("ExitCode", ""))
     state = state_of(word, code)
     reason = explained(values.get("Reason", "None").replace("_", " "))

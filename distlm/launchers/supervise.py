@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distlm.checkpoint.store import CheckpointStore
@@ -13,6 +14,7 @@ from distlm.config.attempt import begin_attempt, changed_config, load_attempt
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import Cause, ExitCode
+from distlm.launchers.base import Job
 from distlm.launchers.local import LocalLauncher, tell_mlflow
 from distlm.outcome import Outcome
 from distlm.redact import redact_uri
@@ -75,7 +77,9 @@ def _supervise(
             tell_mlflow(attempt)
             return result
         loaded, changes = changed_config(run, [], launcher.check_here)
-        attempt = begin_attempt(loaded, run, [], changes=changes)
+        job, attempt = Job.read(attempt), begin_attempt(loaded, run, [], changes=changes)
+        if job is not None:  # which runs this one, too
+            replace(job, from_step=store.newest_step()).write(attempt)
         view.show(begin_event(config, run, attempt))
 
 

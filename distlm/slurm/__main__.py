@@ -103,6 +103,8 @@ def _final_code(run: RunFolder) -> ExitCode | None:
 def _next_attempt(run: RunFolder) -> AttemptFolder:
     """The one that was begun for this job, or a new one after one that was ended. Raises InputError where another
     controller has the run."""
+    if not run.attempts():
+        raise InputError(f"the run's folder {run.path} has no attempt")
     newest = run.attempts()[-1]
     if not newest.handle_json.exists() and not newest.result_json.exists():
         return newest
@@ -129,12 +131,15 @@ def _requeue(run: RunFolder, job: Job, max_requeues: int) -> str:
 
 
 def _saves_steps(run: RunFolder, job: Job) -> bool:
-    """Whether this attempt or the one before has saved a step that was not saved before."""
-    if CheckpointStore(run.checkpoints).newest_step() > job.from_step:
+    """Whether the job has saved a step in this start, or in the one before. A start may have several attempts."""
+    begun_at: dict[int, int] = {}
+    for attempt in run.attempts():
+        if (each := Job.read(attempt)) is not None and each.id == job.id:
+            begun_at.setdefault(each.num_restarts, each.from_step)
+    now = begun_at.pop(job.num_restarts, job.from_step)
+    if CheckpointStore(run.checkpoints).newest_step() > now:
         return True
-    attempts = run.attempts()
-    before = Job.read(attempts[-2]) if len(attempts) > 1 else None
-    return before is None or before.from_step < job.from_step
+    return not begun_at or begun_at[max(begun_at)] < now
 
 
 if __name__ == "__main__":

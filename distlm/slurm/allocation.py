@@ -43,11 +43,13 @@ class Allocation:
                 f"{error.args[0]} is not set: this is for batch scripts of Slurm, which "
                 "`distlm render CONFIG --target slurm` prints"
             ) from None
-        nodes = tuple(
-            subprocess.run(
+        try:
+            shown = subprocess.run(
                 ("scontrol", "show", "hostnames", node_list), capture_output=True, text=True, check=True
-            ).stdout.split()
-        )
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise InfrastructureError(f"scontrol does not tell the nodes of {node_list}: {error}") from None
+        nodes = tuple(shown.stdout.split())
         per_node, per_cpu = (environ.get(f"SLURM_MEM_PER_{which}", "") for which in ("NODE", "CPU"))
         memory = int(per_node) if per_node else int(per_cpu) * min(cpus) if per_cpu else 0
         return cls(job_id, int(environ.get("SLURM_RESTART_COUNT") or 0), nodes, cpus, memory or None)

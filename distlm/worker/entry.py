@@ -49,6 +49,8 @@ class WorkerArguments:
     checkpoint_step: int
     mailbox: Any
     """Handle of the recorder's actor."""
+    communication: dict[str, str]
+    """Environment variables."""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -83,6 +85,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             LOCAL_RANK=str(place.get_local_rank()),
             LOCAL_WORLD_SIZE=str(place.get_local_world_size()),
         )
+        os.environ.update(told.communication)
         listen_at(ray.util.get_node_ip_address())
         prepare_process_for_torch(told.cpus_per_worker)  # Ray has set the threads from the resources asked for
         _train(told, rank, tell_phase_ended, pulse, place.get_node_rank() if place.get_local_rank() == 0 else None)
@@ -176,7 +179,7 @@ def _train(
         checkpoint=Checkpoint(told.checkpoint_step, Path(told.checkpoint)) if told.checkpoint else None,
         report=report,
         warn=lambda message: push({"kind": "event", "event": "warning", "message": message}),
-        show=lambda text: push({"kind": "event", "event": "step_map", "message": text}),
+        show=lambda text: push({"kind": "event", "event": "note", "message": text}),
         phase_ended=tell_phase_ended,
         on_samples=make_sample_log(run, attempt, config, rank),
         profile_folder=attempt.profile,

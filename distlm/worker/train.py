@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from distlm.worker.prepare import Prepared, sample_order
 from distlm.worker.profile import StepMap, StepProfiler, describe
 from distlm.worker.pulse import Activity
 from distlm.worker.schedule import learning_rate_schedule
+from distlm.worker.speed_check import gather_speeds, report
 from distlm.worker.stop import Votes
 
 _LAST_SAVE_TIMEOUT_S = 60.0
@@ -101,6 +103,7 @@ class WorkerContext:
 def train(context: WorkerContext) -> None:
     """Train from the given state to the last step, reporting, evaluating and saving on the way. Collective."""
     worker = Worker(context)
+    worker.check_speed()
     worker.attest()
     context.phase_ended("load", worker.first_step - 1)
     try:
@@ -252,11 +255,9 @@ class Worker:
         self.profiler = StepProfiler(self._steps_to_profile(), self.engine, self.task.head(model), self.device)
         self.timer = StepTimer()
         self.votes = Votes(self.device)
-        self.peak_flops = self._mean_over_workers(
-            measure_matmul_flops(
-                self.device, torch.float32 if self.settings.mixed_precision == "no" else torch.bfloat16
-            )
-        )
+        precision = torch.float32 if self.settings.mixed_precision == "no" else torch.bfloat16
+        self._matmul_flops = measure_matmul_flops(self.device, precision)
+        self.peak_flops = self._mean_over_workers(self._matmul_flops)
         # In double precision, so that what is reported does not depend on the order in which many are added up.
         self._loss_sum = torch.tensor(unlogged_loss_sum, device=self.device, dtype=torch.float64)
         self._num_targets = torch.tensor(unlogged_num_targets, device=self.device, dtype=torch.float64)
@@ -439,6 +440,17 @@ class Worker:
             yield chosen_batch, batch
 
     # --- before step 1 -----------------------------------------------------------------------------------------------
+
+    def check_speed(self) -> None:
+        """Where the workers are on several hosts, tell how fast they are, and which one is slow. Collective."""
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == dist.get_world_size():
+            return
+        speeds = gather_speeds(self.device, self._matmul_flops)
+        if self.rank == 0:
+            line, problems = report(speeds)
+            self.context.show(line)
+            for problem in problems:
+                self.context.warn(problem)
 
     def attest(self) -> None:
         """Stop unless the workers train what the config asks for. Collective. Raises AttestationError."""

@@ -43,7 +43,7 @@ class Storage:
     def problems(self) -> list[str]:
         return self.told
 
-    def shares(self, node: Node) -> bool:
+    def is_fit(self, node: Node) -> bool:
         return node.id in self.shared
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from made_runs import end, held_lease, make_attempt, make_run
 from distlm.errors import ExitCode, InputError
 from distlm.launchers import jobs, targets
 from distlm.launchers.base import Job, JobState, JobStatus, Request
-from distlm.launchers.jobs import KnownJob, find_job, job_log_lines
+from distlm.launchers.jobs import KnownJob, find_job, job_output
+from distlm.launchers.ray import RESULT_PREFIX
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 from distlm.view import make_event
 from distlm.view.kept import KeptView
@@ -34,6 +36,7 @@ class FakeTarget:
     def __init__(self) -> None:
         self.says = JobStatus(JobState.RUNNING, "GOING")
         self.asked: list[Job] = []
+        self.printed = ""
 
     def check(self, _: Any) -> Iterator[Any]:
         yield from ()
@@ -52,8 +55,8 @@ class FakeTarget:
         self.asked.append(job)
         return self.says
 
-    def log(self, job: Job, run: RunFolder) -> Path | None:
-        return run.path / f"fake-{job.id}.log"
+    def output(self, *_: Any) -> str:
+        return self.printed
 
     def cancel(self, _: Job) -> None:
         return
@@ -170,19 +173,34 @@ def test_the_result_ends_with_what_the_job_printed_last(
     run: RunFolder, attempt: AttemptFolder, target: FakeTarget
 ) -> None:
     target.says = JobStatus(JobState.FAILED, "FAILED")
-    lines = [f"line {number}" for number in range(1, 9)]
-    (run.path / "fake-17.log").write_bytes(b"\xff\n\n" + "  \n".join(lines).encode() + b"\n\n")
-    assert job_log_lines(run, JOB) == ["\ufffd", *lines]
+    target.printed = "".join(f"  line {number}  \n" for number in range(1, 8)) + "\nline 8"
+    assert job_output(run, JOB) == target.printed
+    assert job_output(run, Job("other", "17")) == "", "a target that has no queue"
     find_job(run)
     message = read_json(attempt.result_json)["message"]
-    assert message.endswith("result (failed); line 4; line 5; line 6; line 7; line 8")
+    assert message.endswith("result (failed); line 5; line 6; line 7; line 8")
 
 
-def test_a_log_that_is_not_there_has_no_lines(run: RunFolder, target: FakeTarget) -> None:
-    assert job_log_lines(run, JOB) == []
-    (run.path / "fake-17.log").mkdir()
-    assert job_log_lines(run, JOB) == []
-    assert job_log_lines(run, Job("other", "17")) == []
+@pytest.mark.parametrize("state", ENDS)
+def test_a_result_that_the_job_has_printed_is_the_result(
+    run: RunFolder, attempt: AttemptFolder, target: FakeTarget, state: JobState
+) -> None:
+    target.says = JobStatus(state)
+    results = [{"exit_code": 3, "message": "once"}, {"exit_code": 0, "message": "then"}]
+    target.printed = "".join(f"a line\n{RESULT_PREFIX}{json.dumps(result)}\n" for result in results) + "the end\n"
+    known = find_job(run)
+    assert known is not None and known.status == target.says
+    assert read_json(attempt.result_json) == results[1], "the newest one"
+    assert find_job(run) is None, "it has succeeded"
+
+
+@pytest.mark.parametrize("content", ['{"exit_code": 0, "mess', "[]", "null", ""])
+def test_a_result_of_which_a_part_was_printed_is_none(
+    run: RunFolder, attempt: AttemptFolder, target: FakeTarget, content: str
+) -> None:
+    target.says, target.printed = JobStatus(JobState.FAILED), f"{RESULT_PREFIX}{content}"
+    find_job(run)
+    assert read_json(attempt.result_json)["exit_code"] == ExitCode.INFRASTRUCTURE
 
 
 def test_of_a_job_that_the_target_does_not_know_nothing_is_written(

@@ -15,6 +15,7 @@ import pytest
 from distlm.config.load import load_config
 from distlm.config.schema import RunConfig, SlurmConfig, slurm_time_s
 from distlm.errors import InputError, Problem
+from distlm.launchers.base import Job
 from distlm.launchers.slurm import SlurmLauncher
 from distlm.launchers.slurm_script import cpus_per_node, workers_per_node
 from distlm.run_folder import RunFolder
@@ -119,7 +120,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "memory_gib_per_node": (1.5, "--mem=1536M"),
     "time": ("2-00:30", "--time=2-00:30"),
     "max_requeues": (0, "--no-requeue"),
-    "constraint": ("[rack1&fast]|a100", "--constraint=[rack1&fast]|a100"),
+    "constraint": ("[rack1 & fast]|a100", "--constraint=[rack1 & fast]|a100"),
     "exclusive": (True, "--exclusive"),
     "directives": (["--mail-type=END"], "--mail-type=END"),
     "prologue": ("module load cuda", "module load cuda"),
@@ -155,7 +156,7 @@ def test_all_keys_together(tmp_path: Path) -> None:
     script = build(tmp_path, *overrides, "resources.num_workers=32", "resources.time_to_save_s=90.5")
     assert directives(script) == [
         "--job-name=tiny", "--partition=gpu,long", "--account=lab-7", "--qos=high", "--nodes=4", "--ntasks-per-node=1",
-        "--cpus-per-task=12", "--gpus-per-node=8", "--mem=1536M", "--time=2-00:30", "--constraint=[rack1&fast]|a100",
+        "--cpus-per-task=12", "--gpus-per-node=8", "--mem=1536M", "--time=2-00:30", "--constraint=[rack1 & fast]|a100",
         "--exclusive", "--signal=B:USR2@91", "--no-requeue", "--open-mode=append",
         f"--output={tmp_path}/run-1/slurm-%j.log", "--mail-type=END",
     ]  # fmt: skip
@@ -215,6 +216,15 @@ def test_the_folder_of_a_run_may_have_any_name(tmp_path: Path, name: str) -> Non
     script = build(tmp_path, override("slurm.prologue", prologue), run=f"{name}/run-1")
     assert f"--output={folder}/run-1/slurm-%j.log" in directives(script)
     assert run_script(script, tmp_path) == [str(tmp_path), "-m", "distlm.slurm", f"{folder}/run-1"]
+
+
+def test_what_a_job_prints_is_found_where_the_script_sends_it(tmp_path: Path) -> None:
+    run, job = RunFolder(tmp_path / "run-1"), Job("slurm", "17")
+    assert SlurmLauncher().output(job, run) == "", "nothing so far"
+    (output,) = (line for line in directives(build(tmp_path)) if line.startswith("--output="))
+    run.path.mkdir()
+    Path(output.removeprefix("--output=").replace("%j", job.id)).write_bytes(b"of the prologue\n\xff\n")
+    assert SlurmLauncher().output(job, run) == "of the prologue\n\ufffd\n"
 
 
 def test_a_percent_sign_in_the_folder_stands_for_itself(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ QUEUE = """\
 19                              PENDING                         gpu             100
 17                              PENDING                         gpu             100
 12_3                            PENDING                         gpu             100
+12_5                            PENDING                         gpu             100
 18_[4-9]                        PENDING                         gpu             100
 9                               PENDING                         gpu             0
 21                              PENDING                         cpu             900
@@ -237,10 +238,11 @@ QUEUE = """\
         ("20", 0),  # the highest priority of its partition
         ("11", 1),
         ("12_3", 2),
-        ("17", 3),  # 20 has a higher priority; 11 and 12_3 have the same and came earlier
-        ("18_[4-9]", 4),
-        ("19", 5),
-        ("9", 6),  # held, and so behind all others, though it was there first
+        ("12_5", 2),  # of the same array: neither is before the other
+        ("17", 4),  # 20 has a higher priority; 11 and two of 12 have the same and came earlier
+        ("18_[4-9]", 5),
+        ("19", 6),
+        ("9", 7),  # held, and so behind all others, though it was there first
         ("21", 0),
         ("22", 1),
         ("30", 0),  # of several partitions
@@ -305,7 +307,7 @@ def test_times_and_words_are_asked_for_in_one_form(bin_folder: Path, monkeypatch
 @pytest.mark.parametrize(
     ("queue", "place"),
     [
-        (QUEUE, "3 jobs before it in its partition"),
+        (QUEUE, "4 jobs before it in its partition"),
         ("17 PENDING gpu 5\n", "no jobs before it in its partition"),
         ("17 PENDING gpu 5\n18 PENDING gpu 6\n", "1 job before it in its partition"),
         ("", ""),
