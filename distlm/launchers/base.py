@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from distlm.config.schema import RunConfig
-from distlm.errors import InputError, Problem
+from distlm.errors import ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 
 
@@ -50,6 +50,14 @@ class JobState(StrEnum):
     @property
     def is_alive(self) -> bool:
         return self in (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNING)
+
+    def with_exit_code(self, exit_code: int | None) -> JobState:
+        """What a target calls failed may have been ended on purpose."""
+        if self == JobState.FAILED and exit_code == ExitCode.PREEMPTED:
+            return JobState.PREEMPTED
+        if self == JobState.FAILED and exit_code == ExitCode.CANCELLED:
+            return JobState.CANCELLED
+        return self
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import distlm
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.errors import ExitCode, InfrastructureError, InputError, Problem
+from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.launchers.base import Job, JobState, JobStatus, Request
 from distlm.run_folder import RunFolder
 
@@ -41,7 +41,6 @@ _STATES = {
     "FAILED": JobState.FAILED,
     "STOPPED": JobState.CANCELLED,
 }
-_ENDED_BY_CODE = {ExitCode.PREEMPTED: JobState.PREEMPTED, ExitCode.CANCELLED: JobState.CANCELLED}
 _T = TypeVar("_T")
 
 
@@ -169,9 +168,7 @@ def _reach(address: str) -> None:
 
 def status_of(word: str, exit_code: int | None, message: str | None) -> JobStatus:
     """Of Ray's word for a job. A job that was stopped has not succeeded, whatever its exit code."""
-    state = _STATES.get(word, JobState.UNKNOWN)
-    if state == JobState.FAILED and exit_code in _ENDED_BY_CODE:
-        state = _ENDED_BY_CODE[ExitCode(exit_code)]
+    state = _STATES.get(word, JobState.UNKNOWN).with_exit_code(exit_code)
     reason = " ".join((message or "").split()) if state != JobState.RUNNING else ""
     return JobStatus(state, word, reason)
 

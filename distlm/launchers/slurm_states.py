@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 
-from distlm.errors import ExitCode
 from distlm.launchers.base import JobState, JobStatus
 
 _STATES = {
     JobState.PENDING: (
-        "PENDING", "CONFIGURING", "EXPEDITING", "POWER_UP_NODE", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
+        "PENDING", "CONFIGURING", "EXPEDITING", "POWER_UP_NODE", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
+        "RESV_DEL_HOLD", "SPECIAL_EXIT",
     ),
     JobState.RUNNING: (
         "RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED",
@@ -32,7 +32,6 @@ _STATES = {
     JobState.PREEMPTED: ("PREEMPTED", "TIMEOUT"),
 }  # fmt: skip
 _STATE_OF = {word: state for state, words in _STATES.items() for word in words}
-_ENDED_BY_CODE = {ExitCode.PREEMPTED: JobState.PREEMPTED, ExitCode.CANCELLED: JobState.CANCELLED}
 
 _REASONS = {
     "None": "",
@@ -64,17 +63,13 @@ def state_of(word: str, exit_code: int | None = None) -> JobState:
     """Of Slurm's word, such as RUNNING or "CANCELLED by 1000"."""
     words = word.split()
     state = _STATE_OF.get(words[0].rstrip("+").upper(), JobState.UNKNOWN) if words else JobState.UNKNOWN
-    if state == JobState.FAILED and exit_code in _ENDED_BY_CODE:
-        return _ENDED_BY_CODE[ExitCode(exit_code)]
-    return state
+    return state.with_exit_code(exit_code)
 
 
 def status_of_job(shown: str) -> JobStatus:
     """From one line of `scontrol show job --oneliner`."""
     values: dict[str, str] = {}
-    for name, value in re.findall(
-        r"(?:^|\s)(JobState|Reason|ExitCode|StartTime|NodeList|RunTime|TimeLimit)=(\S*)", shown
-    ):
+    for name, value in re.findall(r"(?:^|\s)(\w+)=(\S*)", shown):
         values.setdefault(name, value)  # a comment, or the name of a folder, may look the same
     word, (code, signal_number) = values.get("JobState", ""), _exit_code(values.get("ExitCode", ""))
     state = state_of(word, code)
