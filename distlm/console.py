@@ -50,6 +50,12 @@ def printable(value: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in str(value))
 
 
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """A path as it is typed in the current folder; one that is far from there, in full."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
 def exit_code_of(command: Callable[[], int]) -> int:
     """Run a command and return its exit code; an error ends as text on stderr, without a traceback.
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -44,7 +43,7 @@ from distlm.checkpoint.listing import list_checkpoints
 from distlm.checkpoint.store import CheckpointStore
 from distlm.commands.find import find_run
 from distlm.config.load import expanded
-from distlm.console import printable, say
+from distlm.console import printable, say, shown_path
 from distlm.errors import DistlmError, ExitCode, InputError
 from distlm.launchers.base import Job, JobState, JobStatus
 from distlm.launchers.jobs import KnownJob, find_job
@@ -310,10 +309,10 @@ def _page(details: dict[str, Any], ending: list[str]) -> list[str]:
         "training": _values(details["metrics"]["train"]),
         "evaluation": _values(details["metrics"]["eval"]),
         "checkpoints": _steps(details["checkpoints"], details["last_good_step"]),
-        "folder": os.path.relpath(details["folder"]),
+        "folder": shown_path(details["folder"]),
         "job": _job_text(details["job"]),
-        "log": os.path.relpath(details["log"]) if details["log"] else None,
-        "trained model": os.path.relpath(details["model_folder"]) if details["model_folder"] else None,
+        "log": shown_path(details["log"]) if details["log"] else None,
+        "trained model": shown_path(details["model_folder"]) if details["model_folder"] else None,
         "MLflow": _mlflow(details),
     }
     known = {name: value for name, value in facts.items() if value is not None}

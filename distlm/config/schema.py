@@ -611,10 +611,10 @@ class SlurmConfig(Section):
     """Nodes for this job alone."""
     directives: list[Annotated[str, AfterValidator(_directive)]] = []
     """Further options of sbatch, such as --mail-type=END or --reservation=NAME."""
-    prologue: str = ""
+    prologue: str | None = None
     """Lines of bash that make `python` the one that distlm is installed for, such as `module load cuda` and `source
     .venv/bin/activate`; they run on the first node, in the folder that the job was submitted from, and the others get
-    its environment. Empty: the Python that submits, by its path."""
+    its environment. null: the Python that submits, by its path."""
 
 
 class MaxRetries(Section):

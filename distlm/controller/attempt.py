@@ -20,7 +20,7 @@ from distlm.config.attempt import Attempt, load_attempt
 from distlm.config.resolve import at_world_size, possible_world_sizes, semantic_params
 from distlm.config.schema import RunConfig
 from distlm.controller import preflight
-from distlm.controller.capacity import choose_world_size, on_this_node, places
+from distlm.controller.capacity import choose_world_size, free_nodes, on_this_node, places
 from distlm.controller.cluster import Cluster, connect
 from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.environment import versions
@@ -95,7 +95,7 @@ class AttemptController:
         self._tracker_deadline_s: float | None = None
         """Until when (of the monotonic clock) the tracker may answer; None: it has, or we wait no longer."""
         self._helper: Helper
-        self._is_training = self._has_passed_on_stop = False
+        self._has_begun = self._is_training = self._has_passed_on_stop = False
         """The workers have done a step that no earlier checkpoint holds."""
         self._stopped_after_step: int | None = None
         self._is_complete_after_step: int | None = None
@@ -292,6 +292,7 @@ class AttemptController:
             return self._first_size
         deadline = time.monotonic() + self.config.recovery.start_timeout_s
         least, has_said = self._possible_sizes[0], False
+        settled_s = time.monotonic() + _SETTLING_S
         while True:
             self._stop_if_asked()
             cluster.require_alive()
@@ -299,16 +300,31 @@ class AttemptController:
             self._tell_of_unfit_nodes(cluster.watch)
             room = places(cluster.watch.nodes, cluster.device, cluster.cpus_per_worker)
             if (size := choose_world_size(self._possible_sizes, room)) is not None:
-                return size
-            if time.monotonic() > deadline:
+                if self._has_begun:  # what is in use may be our own, of the workers before
+                    return size
+                free = places(free_nodes(cluster.watch.nodes), cluster.device, cluster.cpus_per_worker)
+                size_now = choose_world_size(self._possible_sizes, free)
+                if size_now == size or (size_now is not None and time.monotonic() > settled_s):
+                    return size_now
+                if not has_said and time.monotonic() > settled_s:
+                    has_said = True
+                    self.progress.say(
+                        f"waiting for room: the cluster has room for {room} workers, and others use it but for {free}; "
+                        f"{least} are needed, of {self._needs(cluster)} each"
+                    )
+                deadline = time.monotonic() + self.config.recovery.start_timeout_s
+            elif time.monotonic() > deadline:
                 raise InfrastructureError(
                     f"the nodes of the cluster have room for {room} workers, and {least} are needed; waited "
                     f"{self.config.recovery.start_timeout_s:g} s (recovery.start_timeout_s)"
                 )
-            if not has_said:
+            elif not has_said:
                 has_said = True
                 self.progress.say(f"waiting for nodes: there is room for {room} workers, and {least} are needed")
             time.sleep(_POLL_INTERVAL_S)
+
+    def _needs(self, cluster: Cluster) -> str:
+        return f"{cluster.cpus_per_worker} CPU{' and 1 GPU' if cluster.device == 'cuda' else ''}"
 
     def _note_failure(self, recorder: Recorder, outcome: Outcome, incarnation: int, decision: Decision) -> None:
         """Say, and write down, what has failed and that it is tried again."""
@@ -379,6 +395,7 @@ class AttemptController:
         self._workers, self._watchdog = {}, Watchdog(self.config.recovery)
         self._is_training = self._has_passed_on_stop = self._resizing = False
         self._stopped_after_step = self._grows_since_s = None
+        self._has_begun = True
         incarnation = Incarnation(config, cluster, self.folder, arguments)
         ended: Outcome | None = None
         while incarnation.is_alive():

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from distlm.errors import InfrastructureError
@@ -108,6 +108,18 @@ def places(nodes: Sequence[Node], device: str, cpus_per_worker: int) -> int:
         for node in nodes
         if not node.is_draining
     )
+
+
+def free_nodes(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with what is free on them now. Raises InfrastructureError if the head is silent."""
+    import ray
+
+    free: dict[str, dict[str, float]] = _in_time(ray._private.state.available_resources_per_node, _TIMEOUT_S)
+
+    def of(node: Node, resource: str) -> float:
+        return free.get(node.id, {}).get(resource, 0.0)
+
+    return [replace(node, num_cpus=of(node, "CPU"), num_gpus=of(node, "GPU")) for node in nodes]
 
 
 def choose_world_size(possible: Sequence[int], places: int) -> int | None:

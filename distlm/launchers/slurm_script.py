@@ -32,12 +32,13 @@ def batch_script(config: RunConfig, what: Sequence[str], header: Sequence[str], 
         output: the file for what the job prints; None: slurm-JOBID.out where it was submitted.
     """
     slurm = config.slurm
-    python = "python" if slurm.prologue.strip() else shlex.quote(sys.executable)
+    prologue = (slurm.prologue or "").strip()
+    python = "python" if prologue else shlex.quote(sys.executable)
     comment = [line for text in header for line in text.splitlines() or [""]]
     lines = ["#!/bin/bash", *(f"# {line}".rstrip() for line in comment)]
     lines += [f"#SBATCH {directive}" for directive in _directives(config, output)]
-    if slurm.prologue.strip():
-        lines += ["", *slurm.prologue.strip().splitlines()]
+    if prologue:
+        lines += ["", *prologue.splitlines()]
     lines += [
         "",
         "# Starts Ray on every node of the job, then the controller on this one; ends them all when it ends, and puts",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm.config.resolve import MAY_CHANGE_ON_RESUME
+from distlm.console import shown_path
 from distlm.errors import Cause, ExitCode, Problem
 from distlm.outcome import on_rank
 from distlm.run_folder import RunFolder
@@ -23,7 +24,7 @@ def ending(run: RunFolder, result: Mapping[str, Any], curves: str = "") -> list[
     """The lines for people; of a failure, the first one has its rank, host, cause, the key to change and the log.
     `curves`: where they are; empty: nowhere but in the run's folder."""
     if result["exit_code"] == ExitCode.SUCCEEDED:
-        return [f"succeeded: model in {os.path.relpath(run.model)}{f'; curves: {curves}' if curves else ''}"]
+        return [f"succeeded: model in {shown_path(run.model)}{f'; curves: {curves}' if curves else ''}"]
     if result["problems"]:
         return what_happened(result)
     then = "; ".join(f"{what_for}: {what}" for what_for, what in next_steps(run, result))
@@ -79,7 +80,7 @@ def _first_line(result: Mapping[str, Any]) -> str:
     parts = [f"failed{_where(result)}: {result.get('cause') or 'infrastructure'}: {text}"]
     if result.get("advice"):
         parts.append(result["advice"])
-    return "; ".join((*parts, f"log: {os.path.relpath(result['log'])}"))
+    return "; ".join((*parts, f"log: {shown_path(result['log'])}"))
 
 
 def _where(result: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from distlm.console import shown_path
 from distlm.errors import ExitCode
 from distlm.view import Event
 from distlm.view.state import (
@@ -383,7 +384,7 @@ def _memory(state: AttemptState, columns: int) -> Text | None:
 
 
 def _places(state: AttemptState, columns: int) -> list[Text]:
-    curves, log = _printable(state.begin["tracking"] or ""), _printable(os.path.relpath(state.begin["log"]))
+    curves, log = _printable(state.begin["tracking"] or ""), _printable(shown_path(state.begin["log"]))
     return [_row(label, [place], columns) for label, place in (("curves", curves), ("log", log)) if place]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distlm.console import shown_path
 from distlm.view import Event
 
 _MAX_POINTS = 512
@@ -208,7 +208,7 @@ def lines_of(state: AttemptState, event: Event) -> list[str]:
     match event["event"]:
         case "begin":
             attempt = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
-            return [f"run {event['run_id']} in {os.path.relpath(event['folder'])}{attempt}"]
+            return [f"run {event['run_id']} in {shown_path(event['folder'])}{attempt}"]
         case "phase" | "note":
             return [event["message"]]
         case "stopping":  # not news to who has asked here

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from elastic_runs import SETTINGS, losses, make_place, require_each_step_once, wait_for_steps
 from hosts import Host, hosts
 from lab import wait_for_step
@@ -18,7 +19,7 @@ from place import Command, Place, wait_until
 from ray_cluster import RayCluster
 
 from distlm.errors import ExitCode
-from distlm.processes import no_descendants_left
+from distlm.processes import descendants, no_descendants_left
 from distlm.run_folder import RunFolder, read_json
 from distlm.temporary import temporary_root
 
@@ -52,7 +53,21 @@ def ray_of_two_hosts() -> Iterator[RayOfTwoHosts]:
             f"import socket; socket.create_connection({(head.address, PORT)})",
         )
         wait_until(lambda: subprocess.run(asked, capture_output=True).returncode == 0, API_TIMEOUT_S, "the Jobs API")
+        wait_until(lambda: num_nodes(ray) == 2, API_TIMEOUT_S, "both nodes")
         yield ray
+
+
+def num_nodes(ray: RayOfTwoHosts) -> int:
+    """How many Ray's dashboard knows to be alive."""
+    code = (
+        "import json, os, urllib.request as u; "
+        f"r = u.Request('{ray.address}/nodes?view=summary', "
+        "headers={'Authorization': 'Bearer ' + os.environ['RAY_AUTH_TOKEN']}); "
+        "print(sum(n['raylet']['state'] == 'ALIVE' for n in json.load(u.urlopen(r))['data']['summary']))"
+    )
+    asked = (*ray.client.command, str(CLIENT_PYTHON), "-c", code)
+    done = subprocess.run(asked, capture_output=True, text=True, env=ray.cluster.environ)
+    return int(done.stdout or 0)
 
 
 def make_client(ray: RayOfTwoHosts, folder: Path, runs_dir: Path | None = None) -> Place:
@@ -118,7 +133,8 @@ def test_a_host_is_cut_off_and_comes_back(tmp_path: Path) -> None:
         ray.cluster.add_node(1, host=ray.nodes[1])
         wait_until(lambda: follower.out.count("starting 2 workers") == 2, 180, "two workers again")
         wait_for_step(run, max(losses(run)) + 30)
-        follower.process.send_signal(signal.SIGINT)
+        (on_the_client,) = (p for p in descendants(psutil.Process(follower.process.pid)) if "distlm.cli" in p.cmdline())
+        on_the_client.send_signal(signal.SIGINT)  # what makes the host does not pass it on
         assert follower.wait() == ExitCode.CANCELLED and f"run {run.run_id} goes on" in follower.err
         ended = place.start("cancel", run.run_id, "--checkpoint")
         assert ended.wait() == ExitCode.SUCCEEDED, (ended.out, ended.err)

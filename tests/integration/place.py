@@ -97,7 +97,7 @@ class Command:
 
     @property
     def run(self) -> RunFolder:
-        found = wait_until(lambda: re.search(r"^run (\S+?),? .*\n", self.out), 60, "the run's id")
+        found = wait_until(lambda: re.search(r"^run (\S+?),? .*\n", self.out, re.MULTILINE), 60, "the run's id")
         return RunFolder(self._place.runs_dir / found[1])
 
     @property

@@ -408,7 +408,7 @@ def test_status_says_everything(
     assert {*told} == {
         "run_id", "name", "state", "step", "total_steps", "loss", "started_at", "duration_s", "attempts", "folder",
         "damaged", "task", "model", "metrics", "checkpoints", "last_good_step", "log", "model_folder", "tracking_uri",
-        "mlflow_run_id", "next",
+        "mlflow_run_id", "job", "next",
     }  # fmt: skip
 
 
