@@ -87,7 +87,7 @@ class _Follower:
         while True:
             self._show_new_lines()
             attempts = self._run.attempts()
-            if (later := [one for one in attempts if one.number > self._attempt.number]) != []:
+            if later := [attempt for attempt in attempts if attempt.number > self._attempt.number]:
                 self._show_new_lines()
                 self._attempt = later[0]
                 self._tail, self._job_tail, self._seen = _Tail(self._attempt.output_log), None, set()

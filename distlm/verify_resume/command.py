@@ -156,6 +156,7 @@ def rehearsal_overrides(config: RunConfig, plan: Plan, runs_dir: Path) -> list[s
     training = config.training
     overrides = {
         "runs_dir": str(runs_dir),
+        "resources.target": "local",
         "tracking.report_to": [],
         "tracking.log_model": False,
         "tracking.registered_model_name": None,
