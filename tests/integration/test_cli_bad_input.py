@@ -249,10 +249,10 @@ def parquet(columns: dict[str, Any]) -> Callable[[Path], None]:
          "files are probably in another encoding; set encoding to it"),
         ("a.txt", bytes(range(128, 256)), "data.train.0: a.txt:1: 1 of 1 documents hold bytes that are not UTF-8"),
         ("a.jsonl", GOOD_LINE.encode("utf-16"), "data.train.0: a.jsonl:1: the file begins as UTF-16 does; set encoding: utf-16"),
-        ("a.jsonl", gzip.compress(GOOD_LINE.encode()), "data.train.0: a.jsonl: the file is compressed; give it a name that ends in .gz"),
+        ("a.jsonl", gzip.compress(GOOD_LINE.encode(), mtime=0), "data.train.0: a.jsonl: the file is compressed; give it a name that ends in .gz"),
         ("a.jsonl.gz", GOOD_LINE.encode(), "data.train.0: a.jsonl.gz: the compressed file is damaged or cut short (Not a gzipped "
          "file"),
-        ("a.jsonl.gz", gzip.compress(GOOD_LINE.encode())[:-20], "data.train.0: a.jsonl.gz: the compressed file is damaged or cut "
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE.encode(), mtime=0)[:-20], "data.train.0: a.jsonl.gz: the compressed file is damaged or cut "
          "short (Compressed file ended before the end-of-stream marker was reached); copy or make it again"),
         ("a.parquet.gz", b"", "data.train.0 = a.parquet.gz: Parquet compresses its columns itself; unpack the file"),
         ("a.gz", b"", "data.train.0 = a.gz: unsupported suffix; use one of .txt"),
