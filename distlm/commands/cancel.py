@@ -22,13 +22,14 @@ from distlm.errors import Cause, ExitCode, InputError
 from distlm.launchers.base import JobState
 from distlm.launchers.jobs import KnownJob, find_job
 from distlm.launchers.local import end_abandoned, tell_mlflow
-from distlm.launchers.targets import queue_launcher
 from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, read_json, write_json
 from distlm.run_status import run_status
 from distlm.view.ending import command, ending, next_steps
 
 _LOOK_INTERVAL_S = 0.2
+_SIGN_OF_LIFE_S = 10.0
+"""In which a controller that sees the run's folder has written there who it is."""
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -52,10 +53,13 @@ def cancel(options: argparse.Namespace) -> int:
     how = "finish its step, save and end" if options.checkpoint else "end now"
     say(f"run {run.run_id} is asked to {how}", file=sys.stderr if options.json else sys.stdout)
     deadline = time.monotonic() + options.timeout
+    out_of_sight_s = time.monotonic() + _SIGN_OF_LIFE_S
     while not is_there(attempt.result_json):
         if time.monotonic() >= deadline:
             return _say_still_running(run, attempt, options)
         time.sleep(_LOOK_INTERVAL_S)
+        if job is not None and time.monotonic() >= out_of_sight_s:
+            out_of_sight_s = _end_out_of_sight(run, attempt)
     result = read_json(attempt.result_json)
     # A training that has ended meanwhile needs no end, and one that was stopped more gently has one.
     asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
@@ -63,11 +67,18 @@ def cancel(options: argparse.Namespace) -> int:
     return _say_ended(run, ending(run, result), code, options.json)
 
 
+def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder) -> float:
+    """The controller of a job may not see this folder: then its target ends it, and how it has ended is found out from
+    there. When to look again."""
+    job = find_job(run)
+    if job is not None and job.is_alive and not is_there(attempt.handle_json):
+        job.cancel()
+    return time.monotonic() + _SIGN_OF_LIFE_S
+
+
 def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:
     """Nothing of it runs that could save or say how it ended."""
-    launcher = queue_launcher(known.job.target)
-    assert launcher is not None
-    launcher.cancel(known.job)
+    known.cancel()
     if not is_there(attempt.result_json):
         end_abandoned(attempt, Outcome(ExitCode.CANCELLED, "cancelled in the queue", cause=Cause.CANCELLATION))
         tell_mlflow(attempt)

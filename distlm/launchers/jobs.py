@@ -29,6 +29,11 @@ class KnownJob:
         """It runs the attempt, or is going to run it or the next one."""
         return self.status.state.is_alive
 
+    def cancel(self) -> None:
+        """Raises DistlmError where the target refuses."""
+        if (launcher := queue_launcher(self.job.target)) is not None:
+            launcher.cancel(self.job)
+
     def __str__(self) -> str:
         return f"{self.job.target} job {self.job.id}: {self.status}"
 

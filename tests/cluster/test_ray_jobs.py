@@ -113,6 +113,15 @@ def test_a_client_without_torch_and_without_the_storage(tmp_path: Path) -> None:
         logs = place.start("logs", run.run_id)
         assert logs.wait() == ExitCode.SUCCEEDED and "step 30/30" in logs.out, logs.err
 
+        longer = submit(place, ray, "resources.num_workers=2", "training.max_steps=100000", "--detach")
+        assert longer.wait() == ExitCode.SUCCEEDED, longer.err
+        wait_for_step(longer.run, 20)
+        cancelled = place.start("cancel", longer.run.run_id)
+        assert cancelled.wait() == ExitCode.SUCCEEDED, (cancelled.out, cancelled.err)
+        assert "preempted" in cancelled.out  # by Ray's request to stop, which the workers have time to save after
+        result = read_json(longer.run.attempts()[0].result_json)
+        assert result["exit_code"] == ExitCode.PREEMPTED and "which is saved (SIGTERM)" in result["message"]
+
         place.environ["RAY_AUTH_TOKEN"] = "another"
         refused = submit(place, ray, "resources.num_workers=2", "training.max_steps=30")
         assert refused.wait() == ExitCode.BAD_INPUT and "RAY_AUTH_TOKEN" in refused.err, refused.err
