@@ -43,7 +43,8 @@ class RayOfTwoHosts:
 def ray_of_two_hosts() -> Iterator[RayOfTwoHosts]:
     """With one CPU on each."""
     with temporary_root() as folder, hosts(3, folder) as (head, other, client), no_descendants_left():
-        cluster = RayCluster(folder, num_cpus=1, host=head, dashboard_port=PORT)
+        (packages,) = CLIENT_PYTHON.parents[1].glob("lib/python*/site-packages")  # those of ray[default]
+        cluster = RayCluster(folder, num_cpus=1, host=head, dashboard_port=PORT, packages=packages)
         cluster.add_node(1, host=other)
         ray = RayOfTwoHosts(cluster, [head, other], client)
         asked = (
