@@ -12,7 +12,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from distlm.checkpoint.store import CheckpointStore
@@ -35,6 +37,7 @@ from distlm.view.kept import KeptView
 from distlm.view.plain import PlainView
 
 _TARGET = "resources.target=slurm"
+_LEASE_TIMEOUT_S, _LEASE_INTERVAL_S = 180.0, 10.0
 _GOES_ON = (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE)
 """Ends after which a job that begins again goes on."""
 
@@ -111,11 +114,30 @@ def _next_attempt(run: RunFolder) -> AttemptFolder:
     loaded, changes = changed_config(run, [], SlurmLauncher().check_here)
     if loaded.config.resources.target != "slurm":
         loaded, changes = changed_config(run, [_TARGET], SlurmLauncher().check_here)
-    with lease(run):
+    with _lease_in_time(run):
         if not newest.result_json.exists():
             text = "the job was ended by Slurm before it could save (a node lost, or no time left)"
             end_abandoned(newest, Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE))
         return begin_attempt(loaded, run, [], changes=changes)
+
+
+@contextmanager
+def _lease_in_time(run: RunFolder) -> Iterator[None]:
+    """The lease of the run. Shared storage may hold that of a node that is gone for a minute or two. Raises InputError
+    where somebody keeps it."""
+    deadline = time.monotonic() + _LEASE_TIMEOUT_S
+    with ExitStack() as scope:
+        while True:
+            try:
+                scope.enter_context(lease(run))
+                break
+            except InputError as error:
+                if time.monotonic() > deadline:
+                    raise
+                said = f"waiting: {error}"
+            say(said)
+            time.sleep(_LEASE_INTERVAL_S)
+        yield
 
 
 def _requeue(run: RunFolder, job: Job, max_requeues: int) -> str:

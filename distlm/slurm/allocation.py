@@ -27,6 +27,8 @@ class Allocation:
     """How often it has begun before."""
     nodes: tuple[str, ...]
     """Their names; the first is this one."""
+    addresses: tuple[str, ...]
+    """By which Slurm reaches them: names of hosts, or IP addresses."""
     cpus: tuple[int, ...]
     """On each node."""
     memory_mib: int | None
@@ -50,14 +52,24 @@ class Allocation:
         except (OSError, subprocess.CalledProcessError) as error:
             raise InfrastructureError(f"scontrol does not tell the nodes of {node_list}: {error}") from None
         nodes = tuple(shown.stdout.split())
+        addresses = tuple(_addresses(node_list).get(node, node) for node in nodes)
         per_node, per_cpu = (environ.get(f"SLURM_MEM_PER_{which}", "") for which in ("NODE", "CPU"))
         memory = int(per_node) if per_node else int(per_cpu) * min(cpus) if per_cpu else 0
-        return cls(job_id, int(environ.get("SLURM_RESTART_COUNT") or 0), nodes, cpus, memory or None)
+        return cls(job_id, int(environ.get("SLURM_RESTART_COUNT") or 0), nodes, addresses, cpus, memory or None)
 
     @property
     def first_port(self) -> int:
         """Of the block of ports that is this job's: jobs that share a node do not meet."""
         return _PORTS_FROM + int(self.job_id) % _NUM_BLOCKS * PORTS_PER_JOB
+
+
+def _addresses(node_list: str) -> dict[str, str]:
+    """Of the nodes that Slurm knows by another address than their name."""
+    shown = subprocess.run(
+        ("scontrol", "show", "node", "--oneliner", node_list), capture_output=True, text=True, check=False
+    )
+    found = (dict(re.findall(r"(NodeName|NodeAddr)=(\S+)", line)) for line in shown.stdout.splitlines())
+    return {node["NodeName"]: node["NodeAddr"] for node in found if len(node) == 2}
 
 
 def expand_counts(text: str) -> tuple[int, ...]:
@@ -80,12 +92,12 @@ def own_address(others: tuple[str, ...]) -> str:
     if not others:
         return "127.0.0.1"
     problems = []
-    for node in others:
+    for other in others:
         try:
-            family, _, _, _, target = socket.getaddrinfo(node, 9, type=socket.SOCK_DGRAM)[0]
+            family, _, _, _, target = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, socket.SOCK_DGRAM) as sock:
                 sock.connect(target)  # sends nothing
                 return str(sock.getsockname()[0])
         except OSError as error:
-            problems.append(f"{node}: {error}")
+            problems.append(f"{other}: {error}")
     raise InfrastructureError(f"{os.uname().nodename} does not know how to reach {'; '.join(problems)}")

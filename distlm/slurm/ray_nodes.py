@@ -40,7 +40,7 @@ class NodeOrder:
     """host:port of Ray's head."""
     is_head: bool
     others: tuple[str, ...]
-    """The job's other nodes."""
+    """The addresses of the job's other nodes."""
     first_port: int
     num_cpus: int
     memory_bytes: int | None
@@ -70,7 +70,7 @@ class RayNodes:
 
     def __enter__(self) -> Self:
         nodes, port = self._allocation.nodes, _free_port(self._allocation.first_port)
-        self.address = f"{own_address(nodes[1:])}:{port}"
+        self.address = f"{own_address(self._allocation.addresses[1:])}:{port}"
         self._logs.mkdir(parents=True, exist_ok=True)
         for index in range(len(nodes)):
             thread = threading.Thread(target=self._keep, args=(index,), name=f"ray-on-{nodes[index]}", daemon=True)
@@ -143,7 +143,7 @@ class RayNodes:
             node=allocation.nodes[index],
             head=self.address,
             is_head=index == 0,
-            others=allocation.nodes[:index] + allocation.nodes[index + 1 :],
+            others=allocation.addresses[:index] + allocation.addresses[index + 1 :],
             first_port=allocation.first_port,
             num_cpus=allocation.cpus[index],
             memory_bytes=None if memory is None else int(memory * _MIB * _SHARE_FOR_RAY),

@@ -25,7 +25,7 @@ UNKNOWN = "no-such-node.invalid"
 
 
 def allocation(job_id: str = "17", num_restarts: int = 0) -> Allocation:
-    return Allocation(job_id, num_restarts, ("n1", "n2"), (4, 4), None)
+    return Allocation(job_id, num_restarts, ("n1", "n2"), ("n1", "n2"), (4, 4), None)
 
 
 @pytest.fixture
@@ -85,8 +85,20 @@ def test_a_job_reads_what_it_has_from_its_environment(
 ) -> None:
     asked = fake_scontrol(bin_folder, "printf 'n1\\nn2\\nn3\\n'")
     found = Allocation.from_environ({**ENVIRON, **more})
-    assert found == Allocation("17", num_restarts, ("n1", "n2", "n3"), (4, 4, 8), memory_mib)
-    assert asked.read_text() == "show hostnames n[1-3]\n"
+    names = ("n1", "n2", "n3")
+    assert found == Allocation("17", num_restarts, names, names, (4, 4, 8), memory_mib)
+    assert asked.read_text() == "show hostnames n[1-3]\nshow node --oneliner n[1-3]\n"
+
+
+def test_nodes_are_reached_by_the_address_that_slurm_has_for_them(bin_folder: Path) -> None:
+    script = (
+        'if [ "$2" = hostnames ]; then printf "n1\\nn2\\n"; exit; fi\n'
+        'echo "NodeName=n2 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=compute-2 Version=23"\n'
+        'echo "NodeName=n1 Arch=x86_64 Version=23"'
+    )
+    fake_scontrol(bin_folder, script)
+    found = Allocation.from_environ({**ENVIRON, "SLURM_JOB_CPUS_PER_NODE": "4(x2)"})
+    assert (found.nodes, found.addresses) == (("n1", "n2"), ("n1", "10.1.2.3"))
 
 
 @pytest.mark.parametrize("missing", ENVIRON)
@@ -276,7 +288,11 @@ def test_a_killed_attempt_gets_a_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [None, ExitCode.PREEMPTED])
-def test_a_run_that_another_controller_has_is_left_alone(tmp_path: Path, code: ExitCode | None) -> None:
+def test_a_run_that_another_controller_has_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCode | None
+) -> None:
+    monkeypatch.setattr("distlm.slurm.__main__._LEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("distlm.slurm.__main__._LEASE_INTERVAL_S", 0.1)
     run = make_run(tmp_path / "runs", resources=ON_SLURM)
     attempt = make_attempt(run)
     write_json(attempt.handle_json, {"host": "n1", "pid": 1, "temporary_root": ""})
