@@ -52,7 +52,8 @@ class Allocation:
         except (OSError, subprocess.CalledProcessError) as error:
             raise InfrastructureError(f"scontrol does not tell the nodes of {node_list}: {error}") from None
         nodes = tuple(shown.stdout.split())
-        addresses = tuple(_addresses(node_list).get(node, node) for node in nodes)
+        known = _addresses(node_list)
+        addresses = tuple(known.get(node, node) for node in nodes)
         per_node, per_cpu = (environ.get(f"SLURM_MEM_PER_{which}", "") for which in ("NODE", "CPU"))
         memory = int(per_node) if per_node else int(per_cpu) * min(cpus) if per_cpu else 0
         return cls(job_id, int(environ.get("SLURM_RESTART_COUNT") or 0), nodes, addresses, cpus, memory or None)
