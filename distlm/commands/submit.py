@@ -9,8 +9,10 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from distlm.checkpoint.store import CheckpointStore
 from distlm.commands.find import find_run
 from distlm.commands.follow import follow
 from distlm.config.attempt import begin_attempt, changed_config, create_run, load_attempt
@@ -144,8 +146,8 @@ def _begin(
                 [sys.executable, "-m", __name__, str(run.path)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        follow = command(run, "logs", "-f")
-        view.show(make_event("note", message=f"in the background; follow: {follow}; stop: kill {background.pid}"))
+        how = f"follow: {command(run, 'logs', '-f')}; stop: kill {background.pid}"
+        view.show(make_event("note", message=f"in the background; {how}"))
         view.close()
     return ExitCode.SUCCEEDED
 
@@ -162,7 +164,7 @@ def _send(
     request = launcher.build(config, run)
     write_atomically(attempt.job_script, str(request))
     try:
-        job = launcher.submit(request, Path.cwd())
+        job = replace(launcher.submit(request, Path.cwd()), from_step=CheckpointStore(run.checkpoints).newest_step())
     except DistlmError as error:
         write_result(attempt, Outcome.of(error), started=None)
         raise
