@@ -16,9 +16,18 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """distlm sends no data through Ray's object store; Ray's own minimum is 75 MiB."""
 
 
-def without_dashboard() -> None:
-    """From now on Ray starts its agents here as if its dashboard was not installed: without servers and
-    metrics that nobody asks for, and that take seconds to import on every node. Imports ray."""
-    from ray._private import utils
+def without_extras() -> None:
+    """From now on Ray starts here what a run needs and no more. Its other daemons take a second or two of CPU each on
+    every node: the dashboard and what serves it, Ray Client, the autoscaler's monitor, and the log monitor, which sends
+    what workers print to a driver that does not want it. Imports ray, which has options for some of them only."""
+    from ray._private import node, utils
 
-    utils.get_dashboard_dependency_error = lambda: ImportError("distlm does without")
+    def missing() -> ImportError:
+        return ImportError("distlm does without")
+
+    def nothing(*_: object, **__: object) -> None:
+        return
+
+    utils.get_dashboard_dependency_error = utils.get_ray_client_dependency_error = missing
+    for start in ("start_api_server", "start_log_monitor", "start_monitor"):
+        setattr(node.Node, start, nothing)

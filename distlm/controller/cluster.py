@@ -20,7 +20,7 @@ from distlm.controller.fitness import NodeFitness
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
-from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_dashboard
+from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_extras
 from distlm.run_folder import NUM_OWN_NODES
 from distlm.stop_count import signals_held
 
@@ -202,7 +202,7 @@ def _start(
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets, between the workers
     import ray
 
-    without_dashboard()
+    without_extras()
     cores = len(os.sched_getaffinity(0))
     gpus = visible_gpu_count()
     if gpus is None:

@@ -44,7 +44,7 @@ _REASONS = {
     "Dependency": "another job has to end before",
     "JobHeldAdmin": "an administrator holds it; ask them",
     "JobHeldUser": "it is held; scontrol release JOBID lets it go",
-    "launch failed requeued held": "it could not be started on its node (a failed prolog?); an administrator's job",
+    "launch failed requeued held": "it could not be started on its node (a failed prolog?); ask an administrator",
     "NodeDown": "a node that it needs is down",
     "PartitionDown": "the partition is down",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives; lower slurm.nodes",

@@ -21,7 +21,7 @@ import psutil
 
 from distlm.devices import visible_gpu_count
 from distlm.processes import adopt_orphans, descendants, kill_processes
-from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_dashboard
+from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_extras
 from distlm.slurm.allocation import NUM_HEAD_PORTS, PORTS_PER_JOB, own_address
 from distlm.slurm.ray_nodes import STOP_LINE, NodeOrder
 from distlm.stop_count import STOP_SIGNALS
@@ -38,9 +38,9 @@ def main() -> NoReturn:
     threading.Thread(target=_tell_of_signals, name="signals", daemon=True).start()
     with temporary_root() as folder:
         os.environ["RAY_TMPDIR"] = str(folder)
+        without_extras()
         from ray.scripts import scripts  # takes 3 s, in which the job may write its line
 
-        without_dashboard()
         order = NodeOrder.from_line(sys.stdin.readline())
         threading.Thread(target=_end_with_input, args=(folder,), name="end-with-input", daemon=True).start()
         if not order.is_head:

@@ -119,7 +119,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("max_steps: 20", f"max_steps: {10**30}", f"run.yaml:12: training.max_steps = {10**30}: must be less than 2147483648"),
         ("name: small", f"seed: {2**63}", f"run.yaml:1: seed = {2**63}: must be less than {2**63}"),
         ("hidden_size: 32", "hidden_size: big", "run.yaml:3: model.config.hidden_size = big: must be a whole number above 0"),
-        ("num_workers: 2", "target: slurm", "run.yaml:16: resources.target = slurm: must be 'local'"),
+        ("num_workers: 2", "target: lsf", "run.yaml:16: resources.target = lsf: must be 'local', 'ray' or 'slurm'"),
     ],
 )  # fmt: skip
 def test_a_broken_config_is_refused_with_its_line(
