@@ -156,6 +156,6 @@ def test_storage_that_is_not_shared_is_named(lab: Lab, place: Place) -> None:
     lab.wait_for_state(job, "FAILED")
     assert lab.job(job)["ExitCode"] == f"{ExitCode.BAD_INPUT}:0"
     output = (place.folder / f"slurm-{job}.out").read_text()
-    assert "every node must share this folder, but node2 cannot write there" in output
+    assert "every node must share /tmp/own-runs, but node2 cannot write there" in output
     lab.on_node(1, "rm", "-r", "/tmp/own-runs")
     lab.require_nothing_left()
