@@ -28,7 +28,7 @@ _SHARE_FOR_RAY = 0.8
 """Of a node's memory, what Ray may promise; nothing that distlm starts asks Ray for memory."""
 _MIB = 2**20
 _END_TIMEOUT_S = 10.0
-_MAX_STARTS, _PAUSE_S = 3, 2.0
+_MAX_STARTS, _PAUSE_S, _LONG_S = 3, 2.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,16 @@ class RayNodes:
             thread.join(_END_TIMEOUT_S)
 
     def _keep(self, index: int) -> None:
-        """Run a node's step, and again if it has ended by itself."""
+        """Run a node's step, and again if it has ended by itself, unless that happens again and again."""
         node = self._allocation.nodes[index]
-        for number in range(1, _MAX_STARTS + 1):
+        num_starts = 0
+        while True:
+            began_s = time.monotonic()
             if (code := self._run_step(index)) is None:
                 return
+            num_starts = 1 if time.monotonic() - began_s > _LONG_S else num_starts + 1
             log = f"see {self._log(node)}"
-            if number == _MAX_STARTS:
+            if num_starts == _MAX_STARTS:
                 return self._say(f"Ray on {node} has ended again ({code}) and stays away; {log}")
             self._say(f"Ray on {node} has ended ({code}) and is started again; {log}")
             if self._ending.wait(_PAUSE_S):
