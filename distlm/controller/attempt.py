@@ -95,7 +95,9 @@ class AttemptController:
         self._tracker_deadline_s: float | None = None
         """Until when (of the monotonic clock) the tracker may answer; None: it has, or we wait no longer."""
         self._helper: Helper
-        self._has_begun = self._is_training = self._has_passed_on_stop = False
+        self._has_begun = False
+        """Workers were started in this attempt."""
+        self._is_training = self._has_passed_on_stop = False
         """The workers have done a step that no earlier checkpoint holds."""
         self._stopped_after_step: int | None = None
         self._is_complete_after_step: int | None = None
