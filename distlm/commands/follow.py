@@ -137,7 +137,7 @@ class _Follower:
 
     def _has_seen(self, ending: str) -> bool:
         """Whether the log has told the end itself: paths in it may be other ones, from another folder."""
-        how = ending.partition(":")[0]
+        how = ending.removeprefix("distlm: ").partition(":")[0]
         return any(line.removeprefix("distlm: ").startswith(how) for line in self._seen)
 
     def _show_new_lines(self) -> None:

@@ -38,22 +38,23 @@ def wait_for_attempt(
     finally:
         view.close()
     lines = ending_lines(run, config, result)
-    view.keep("\n".join(lines))
+    for line in lines:
+        view.keep(line)
     if shows_ending:
         say_ending(lines, result["exit_code"])
     return int(result["exit_code"])
 
 
 def ending_lines(run: RunFolder, config: RunConfig, result: Mapping[str, Any]) -> list[str]:
-    """How an attempt ended, for people."""
-    return ending(run, result, _where_curves_are(config, run))
+    """How an attempt ended, for people: what went wrong is marked as ours, among the lines of others."""
+    lines = ending(run, result, _where_curves_are(config, run))
+    return lines if result["exit_code"] == ExitCode.SUCCEEDED else [f"distlm: {line}" for line in lines]
 
 
 def say_ending(lines: Sequence[str], exit_code: int) -> None:
     """A success goes to standard output, and what went wrong to standard error."""
-    is_good = exit_code == ExitCode.SUCCEEDED
     for line in lines:
-        say(line if is_good else f"distlm: {line}", file=sys.stdout if is_good else sys.stderr)
+        say(line, file=sys.stdout if exit_code == ExitCode.SUCCEEDED else sys.stderr)
 
 
 def _supervise(
