@@ -148,8 +148,7 @@ def test_a_signal_in_place_of_a_code(codes: str, end: str) -> None:
         ),
         (
             "launch_failed_requeued_held",
-            "launch failed requeued held: it could not be started on its node (a failed prolog?); an administrator's "
-            "job",
+            "launch failed requeued held: it could not be started on its node (a failed prolog?); ask an administrator",
         ),
         (
             "Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved_for_jobs_in_higher_priority_partitions",
