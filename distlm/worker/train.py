@@ -443,7 +443,7 @@ class Worker:
 
     def check_speed(self) -> None:
         """Where the workers are on several hosts, tell how fast they are, and which one is slow. Collective."""
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == dist.get_world_size():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) == self.world_size:
             return
         speeds = gather_speeds(self.device, self._matmul_flops)
         if self.rank == 0:
