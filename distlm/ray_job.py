@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distlm.config.attempt import Attempt, begin_attempt, create_run, load_attempt
+from distlm.config.attempt import Attempt, begin_attempt, create_run
 from distlm.config.load import load_config
 from distlm.console import exit_code_of, say
 from distlm.errors import InputError
 from distlm.launchers.local import LocalLauncher, require_packages
 from distlm.launchers.ray import ATTEMPT_FILES, RESULT_PREFIX
-from distlm.launchers.supervise import begin_event, wait_for_attempt
+from distlm.launchers.supervise import wait_for_attempt
 from distlm.run_folder import RunFolder, new_run_id, read_json, write_atomically
 from distlm.run_reference import pin_references
 from distlm.view.kept import KeptView
@@ -40,7 +40,6 @@ def main(arguments: Sequence[str]) -> int:
     with suppress(OSError):  # what is missing there is named by who needs it
         os.chdir(Attempt.read(run.attempts()[-1]).working_directory)
     attempt, view = run.attempts()[-1], KeptView(PlainView(sys.stdout))
-    view.show(begin_event(load_attempt(run, attempt).config, run, attempt))
     code = wait_for_attempt(run, attempt, view, LocalLauncher(), shows_ending=True)
     say(f"{RESULT_PREFIX}{json.dumps(read_json(run.attempts()[-1].result_json))}")
     return code

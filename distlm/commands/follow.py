@@ -98,7 +98,6 @@ class _Follower:
 
     def _look(self, shows_ending: bool) -> int | None:
         """The exit code, if the run has ended. A target is not asked all the time."""
-        has_result = is_there(self._attempt.result_json)
         job = find_job(self._run)
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
         if job is not None and not is_there(self._attempt.output_log):  # its folder is elsewhere, or it has made none
@@ -107,7 +106,7 @@ class _Follower:
         if job is not None and job.is_alive:
             self._say_what_it_waits_for(job)
             return None
-        if has_result or is_there(self._attempt.result_json):
+        if is_there(self._attempt.result_json):
             return self._end(shows_ending)
         if job is None and run_status(self._run, with_evaluation=False).state == "lost":
             raise InfrastructureError(

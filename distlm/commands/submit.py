@@ -32,7 +32,7 @@ from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_ru
 from distlm.run_reference import pin_references
 from distlm.run_status import run_status
 from distlm.stop_count import signals_held
-from distlm.view import Event, View, make_event
+from distlm.view import Event, make_event
 from distlm.view.choose import check_view, make_view
 from distlm.view.ending import command
 from distlm.view.kept import KeptView
@@ -131,16 +131,17 @@ def _begin(
 ) -> int:
     """Run an attempt to its end here, or send it to its target, or begin it in the background."""
     config = load_attempt(run, attempt).config
-    begin = begin_event(config, run, attempt)
     if (launcher := queue_launcher(config.resources.target)) is not None:
-        return _send(run, attempt, launcher, config, options, (begin, *first_events))
+        return _send(run, attempt, launcher, config, options, (begin_event(config, run, attempt), *first_events))
     with signals_held():  # until there are handlers, here or in the background; never by the threads of a view
-        shown: View = PlainView(sys.stdout) if options.detach and not options.json else make_view(options.json)
-        view = shown if options.detach else KeptView(shown)
-        for event in (begin, *first_events):
+        if not options.detach:
+            kept, shows_ending = KeptView(make_view(options.json)), not options.json
+            return wait_for_attempt(
+                run, attempt, kept, LocalLauncher(), shows_ending=shows_ending, first_events=first_events
+            )
+        view = JsonView(sys.stdout) if options.json else PlainView(sys.stdout)
+        for event in (begin_event(config, run, attempt), *first_events):
             view.show(event)
-        if isinstance(view, KeptView):
-            return wait_for_attempt(run, attempt, view, LocalLauncher(), shows_ending=not options.json)
         with open(attempt.output_log, "ab") as log:
             background = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(run.path)],
@@ -183,9 +184,7 @@ def _send(
 def main(arguments: list[str]) -> int:
     def wait() -> int:
         run = RunFolder(Path(arguments[0]))
-        attempt, view = run.attempts()[-1], KeptView(None)
-        view.show(begin_event(load_attempt(run, attempt).config, run, attempt))
-        return wait_for_attempt(run, attempt, view, LocalLauncher(), shows_ending=False)
+        return wait_for_attempt(run, run.attempts()[-1], KeptView(None), LocalLauncher(), shows_ending=False)
 
     return exit_code_of(wait)
 

@@ -117,9 +117,9 @@ def _own_directive(option: str) -> str | None:
     ones."""
     if not option.startswith("--"):
         return option[:2] if option[:2] in _OWN_DIRECTIVES else None
-    if option in _OWN_DIRECTIVES or option in _FULL_OPTIONS:
-        return option if option in _OWN_DIRECTIVES else None
-    return next((own for own in _OWN_DIRECTIVES if own.startswith(option)), None)
+    if option in _OWN_DIRECTIVES:
+        return option
+    return None if option in _FULL_OPTIONS else next((own for own in _OWN_DIRECTIVES if own.startswith(option)), None)
 
 
 def _delimiter(text: str) -> str:

@@ -312,7 +312,7 @@ class AttemptController:
                     has_said = True
                     self.progress.say(
                         f"waiting for room: the cluster has room for {room} workers, and others use it but for {free}; "
-                        f"{least} are needed, of {self._needs(cluster)} each"
+                        f"{least} are needed, of {cluster.needs_of_worker} each"
                     )
                 deadline = time.monotonic() + self.config.recovery.start_timeout_s
             elif time.monotonic() > deadline:
@@ -324,9 +324,6 @@ class AttemptController:
                 has_said = True
                 self.progress.say(f"waiting for nodes: there is room for {room} workers, and {least} are needed")
             time.sleep(_POLL_INTERVAL_S)
-
-    def _needs(self, cluster: Cluster) -> str:
-        return f"{cluster.cpus_per_worker} CPU{' and 1 GPU' if cluster.device == 'cuda' else ''}"
 
     def _note_failure(self, recorder: Recorder, outcome: Outcome, incarnation: int, decision: Decision) -> None:
         """Say, and write down, what has failed and that it is tried again."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from distlm.config.schema import ResourcesConfig
-from distlm.controller.capacity import answers, choose_world_size, living_nodes
+from distlm.controller.capacity import Node, answers, choose_world_size, living_nodes
 from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.fitness import NodeFitness
 from distlm.devices import visible_gpu_count
@@ -61,6 +61,11 @@ class Cluster:
     """Of a cluster that was joined, whose nodes come and go."""
     spreads_workers: bool = False
     """Its nodes are for this attempt alone, and each is to have some of the workers."""
+
+    @property
+    def needs_of_worker(self) -> str:
+        """What each worker is given, in words."""
+        return f"{self.cpus_per_worker} CPU{' and 1 GPU' if self.device == 'cuda' else ''}"
 
     def unfit_nodes(self) -> list[str]:
         """Where no worker is to be: nodes that are not fit, or do not answer."""
@@ -141,15 +146,16 @@ def _join(
         raise InfrastructureError(f"cannot connect to the Ray cluster at RAY_ADDRESS = {address}: {error}") from error
     watch = None
     try:
+        own_nodes: Sequence[Node] = ()
         if num_own_nodes:
-            _wait_for_nodes(num_own_nodes, is_least=not resources.is_elastic, while_waiting=while_waiting)
+            own_nodes = _wait_for_nodes(num_own_nodes, not resources.is_elastic, while_waiting)
         watch = ClusterWatch(fitness)
         total = ray.cluster_resources()
         device = resources.device
         if device == "auto":
             device = "cuda" if total.get("GPU", 0) > 0 else "cpu"
-        if num_own_nodes and not resources.is_elastic:
-            share = share_of_cpus([node.num_cpus for node in living_nodes()], resources.world_size)
+        if own_nodes and not resources.is_elastic:
+            share = share_of_cpus([node.num_cpus for node in own_nodes], resources.world_size)
         elif device == "cuda" or resources.is_elastic:  # whose share would depend on the nodes that there are now
             share = 1
         else:
@@ -162,19 +168,20 @@ def _join(
         ray.shutdown()
 
 
-def _wait_for_nodes(count: int, is_least: bool, while_waiting: Callable[[], None]) -> None:
-    """Raises InfrastructureError where fewer come in time, unless the run may do with them."""
+def _wait_for_nodes(count: int, is_least: bool, while_waiting: Callable[[], None]) -> Sequence[Node]:
+    """Those that have come. Raises InfrastructureError where fewer do in time, unless the run may do with them."""
     deadline = time.monotonic() + _OWN_NODES_TIMEOUT_S
     while len(nodes := living_nodes()) < count:
         while_waiting()
         if time.monotonic() > deadline:
             if not is_least:
-                return
+                break
             raise InfrastructureError(
                 f"{len(nodes)} of {count} Ray nodes have come up in {_OWN_NODES_TIMEOUT_S:.0f} s, on "
                 f"{', '.join(node.host for node in nodes) or 'no host'}; see the others' ray-NODE.log beside this log"
             )
         time.sleep(_LOOK_INTERVAL_S)
+    return nodes
 
 
 def share_of_cpus(cpus: Sequence[float], num_workers: int) -> int:

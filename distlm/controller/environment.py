@@ -23,10 +23,10 @@ DECISIVE_PACKAGES = ("distlm", "torch", "transformers", "deepspeed", "accelerate
 """Those whose versions are also tags in MLflow."""
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what is computed."""
+def versions(packages: Sequence[str] = DECISIVE_PACKAGES) -> dict[str, str]:
+    """Installed versions of packages, by default those that decide what is computed."""
     found = {}
-    for package in DECISIVE_PACKAGES:
+    for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import psutil
 
 import distlm
 from distlm.controller.capacity import Node, on_node
+from distlm.controller.environment import versions
 
 _PACKAGES = ("torch", "ray", "deepspeed", "accelerate", "transformers", "peft")
 """Those that compute what the workers have in common; distlm and Python are compared, too."""
@@ -75,11 +76,8 @@ class NodeProbe:
 
 def code_versions() -> dict[str, str]:
     """Of Python and the packages that decide what is computed, as this process would import them."""
-    found = {"python": platform.python_version(), "distlm": f"{distlm.__version__} ({_code_digest()})"}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    ours = {"python": platform.python_version(), "distlm": f"{distlm.__version__} ({_code_digest()})"}
+    return {**ours, **versions(_PACKAGES)}
 
 
 def _code_digest() -> str:
@@ -112,7 +110,6 @@ class NodeFitness:
 
     def __init__(self, folder: Path, interface: str | None = None) -> None:
         self._folder, self._interface = folder, interface
-        self._versions = code_versions()
         self._token = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._keeps_probes = True
@@ -124,6 +121,11 @@ class NodeFitness:
         self._answers: dict[str, tuple[Node, NodeAnswer]] = {}
         self._problems: dict[str, str] = {}
         """By node, of those that have answered; empty: it is fit."""
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        """Of this node. A run on this machine alone needs none."""
+        return code_versions()
 
     def ask(self, nodes: Sequence[Node]) -> None:
         """Without waiting. Ray gives a node that is to leave nothing to do."""

@@ -28,11 +28,10 @@ def check_capacity(config: RunConfig, cluster: Cluster) -> int:
     room = places(nodes, cluster.device, cluster.cpus_per_worker)
     num_workers = choose_world_size(possible_world_sizes(config), room)
     if num_workers is None:
-        needs = f"{cluster.cpus_per_worker} CPU{' and 1 GPU' if cluster.device == 'cuda' else ''}"
         raise InputError(
             Problem(
-                f"the {len(nodes)} nodes of the Ray cluster have room for {room} workers of {needs} each; lower "
-                "resources.num_workers or resources.cpus_per_worker",
+                f"the {len(nodes)} nodes of the Ray cluster have room for {room} workers of {cluster.needs_of_worker} "
+                "each; lower resources.num_workers or resources.cpus_per_worker",
                 "resources.num_workers",
                 str(config.resources.num_workers),
             )

@@ -14,6 +14,9 @@ from distlm.config.schema import RunConfig
 from distlm.errors import ExitCode, InputError, Problem
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 
+JOB_GOES_ON_AFTER = (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE)
+"""Ends of an attempt after which a job that its target begins again goes on with the run."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from distlm.errors import Cause, ExitCode
-from distlm.launchers.base import Job, JobState, JobStatus
+from distlm.launchers.base import JOB_GOES_ON_AFTER, Job, JobState, JobStatus
 from distlm.launchers.local import end_abandoned, tell_mlflow
 from distlm.launchers.ray import result_in
 from distlm.launchers.targets import queue_launcher
@@ -47,7 +47,7 @@ def find_job(run: RunFolder) -> KnownJob | None:
         return None
     result = read_json(attempts[-1].result_json) if is_there(attempts[-1].result_json) else None
     code = result.get("exit_code") if isinstance(result, dict) else None
-    if result is not None and code not in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE):
+    if result is not None and code not in JOB_GOES_ON_AFTER:
         return None
     known = KnownJob(job, launcher.status(job))
     if result is None and not known.is_alive and known.status.state != JobState.UNKNOWN:

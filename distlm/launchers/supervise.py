@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +27,21 @@ from distlm.view.kept import KeptView
 
 
 def wait_for_attempt(
-    run: RunFolder, attempt: AttemptFolder, view: KeptView, launcher: LocalLauncher, *, shows_ending: bool
+    run: RunFolder,
+    attempt: AttemptFolder,
+    view: KeptView,
+    launcher: LocalLauncher,
+    *,
+    shows_ending: bool,
+    first_events: Iterable[Event] = (),
 ) -> int:
-    """The exit code of an attempt, or of the one that took its place, when it has ended and `view` has shown how.
-    `shows_ending`: the user is told, too, on standard output or standard error."""
+    """Run an attempt that has been made; the exit code of it, or of the one that took its place, when it has ended and
+    `view` has shown how. `shows_ending`: the user is told, too, on standard output or standard error. `first_events`
+    are shown after the one that it begins."""
     config = load_attempt(run, attempt).config
     try:
+        for event in (begin_event(config, run, attempt), *first_events):
+            view.show(event)
         result = _supervise(run, attempt, config, view, launcher)
         view.show(make_event("result", **result))
     finally:

@@ -23,10 +23,10 @@ from distlm.config.attempt import begin_attempt, changed_config, create_run, loa
 from distlm.config.load import load_config
 from distlm.console import exit_code_of, say
 from distlm.errors import Cause, ExitCode, InputError
-from distlm.launchers.base import Job
+from distlm.launchers.base import JOB_GOES_ON_AFTER, Job
 from distlm.launchers.local import end_abandoned, require_packages
 from distlm.launchers.slurm import SlurmLauncher
-from distlm.launchers.supervise import begin_event, wait_for_attempt
+from distlm.launchers.supervise import wait_for_attempt
 from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json, runs_in
 from distlm.run_reference import pin_references
@@ -38,8 +38,6 @@ from distlm.view.plain import PlainView
 
 _TARGET = "resources.target=slurm"
 _LEASE_TIMEOUT_S, _LEASE_INTERVAL_S = 180.0, 10.0
-_GOES_ON = (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE)
-"""Ends after which a job that begins again goes on."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,12 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     job.write(attempt)
     keep_compile_caches(run)  # for all nodes, which get this environment
     launcher, view = AllocationLauncher(allocation), KeptView(PlainView(sys.stdout))
-    config = load_attempt(run, attempt).config
-    view.show(begin_event(config, run, attempt))
     code = wait_for_attempt(run, attempt, view, launcher, shows_ending=True)
     if code == ExitCode.PREEMPTED and launcher.first_signal == signal.SIGUSR2:
         with signals_held():  # which come at once then
-            said = _requeue(run, job, config.slurm.max_requeues)
+            said = _requeue(run, job, load_attempt(run, attempt).config.slurm.max_requeues)
             view.keep(said)
             say(said)
     return code
@@ -100,7 +96,7 @@ def _final_code(run: RunFolder) -> ExitCode | None:
     attempts = run.attempts()
     result = read_json(attempts[-1].result_json) if attempts else None
     code = ExitCode(result["exit_code"]) if result is not None else None
-    return None if code in _GOES_ON else code
+    return None if code in JOB_GOES_ON_AFTER else code
 
 
 def _next_attempt(run: RunFolder) -> AttemptFolder:

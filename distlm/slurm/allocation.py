@@ -73,6 +73,16 @@ def _addresses(node_list: str) -> dict[str, str]:
     return {node["NodeName"]: node["NodeAddr"] for node in found if len(node) == 2}
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody on this node has a port, such as another job with the same block."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 def expand_counts(text: str) -> tuple[int, ...]:
     """ "4(x2),8" -> (4, 4, 8)"""
     counts: list[int] = []

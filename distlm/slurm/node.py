@@ -22,7 +22,7 @@ import psutil
 from distlm.devices import visible_gpu_count
 from distlm.processes import adopt_orphans, descendants, kill_processes
 from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_extras
-from distlm.slurm.allocation import NUM_HEAD_PORTS, PORTS_PER_JOB, own_address
+from distlm.slurm.allocation import NUM_HEAD_PORTS, PORTS_PER_JOB, is_free, own_address
 from distlm.slurm.ray_nodes import STOP_LINE, NodeOrder
 from distlm.stop_count import STOP_SIGNALS
 from distlm.temporary import temporary_root
@@ -76,19 +76,10 @@ def _ports(first_of_block: int) -> list[str]:
         "runtime-env-agent-port", "metrics-export-port",
     )  # fmt: skip
     first, end = first_of_block + NUM_HEAD_PORTS, first_of_block + PORTS_PER_JOB
-    if not all(_is_free(port) for port in range(first, end)):
+    if not all(is_free(port) for port in range(first, end)):
         return ["--min-worker-port=0", "--max-worker-port=0"]
     numbered = [f"--{name}={first + number}" for number, name in enumerate(names)]
     return [*numbered, f"--min-worker-port={first + len(names)}", f"--max-worker-port={end - 1}"]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def _wait_for_head(address: str) -> None:

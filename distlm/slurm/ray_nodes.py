@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from distlm.errors import InfrastructureError
-from distlm.slurm.allocation import NUM_HEAD_PORTS, Allocation, own_address
+from distlm.slurm.allocation import NUM_HEAD_PORTS, Allocation, is_free, own_address
 
 _SHARE_FOR_RAY = 0.8
 """Of a node's memory, what Ray may promise; nothing that distlm starts asks Ray for memory."""
@@ -176,9 +175,8 @@ def _environ(ours: Mapping[str, str], rays: Mapping[str, str]) -> dict[str, str]
 
 
 def _free_port(first: int) -> int:
-    """The first port of the block that nobody has, such as another job with the same block."""
+    """The first port of the block that nobody has."""
     for port in range(first, first + NUM_HEAD_PORTS):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
+        if is_free(port):
             return port
     raise InfrastructureError(f"the ports {first} to {first + NUM_HEAD_PORTS - 1} of this node are all taken")

@@ -11,7 +11,7 @@ import pytest
 from distlm.controller import attempt
 from distlm.controller.attempt import AttemptController
 from distlm.controller.capacity import Node
-from distlm.controller.cluster import share_of_cpus
+from distlm.controller.cluster import Cluster, share_of_cpus
 from distlm.controller.stop import StopRequest
 from distlm.errors import InfrastructureError, Preempted
 
@@ -30,8 +30,9 @@ class Scene:
         self.controller.config = SimpleNamespace(recovery=SimpleNamespace(start_timeout_s=600.0))  # type: ignore[assignment]
         self.controller._possible_sizes, self.controller._has_begun = possible, False
         self.controller._when = lambda: "here"  # type: ignore[method-assign]
-        watch = SimpleNamespace(nodes=NODES, look=self._look, new_problems=list)
-        self.cluster: Any = SimpleNamespace(device="cpu", cpus_per_worker=1, watch=watch, require_alive=lambda: None)
+        watch: Any = SimpleNamespace(nodes=NODES, look=self._look, new_problems=list, require_head=lambda: None)
+        nothing: Any = None
+        self.cluster: Any = Cluster("cpu", 1, fitness=nothing, watch=watch)
         monkeypatch.setattr(attempt, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._sleep))
         monkeypatch.setattr(attempt, "free_nodes", self._free_nodes)
 
