@@ -94,7 +94,7 @@ one stops now. SIGTERM and SIGUSR2 do what one Ctrl-C does, with exit code 75.""
   distlm evaluate last test.conll --step best --out scores""",
 }
 
-_TARGETS = ("local", "ray", "slurm")
+_TARGETS = ("local", "ray", "slurm", "kubernetes")
 
 _CHECKPOINTS_EPILOG = """states:
   committed    whole: the manifest is good, the files are there in its sizes;

@@ -45,6 +45,9 @@ NUM_OWN_NODES = "DISTLM_NUM_OWN_NODES"
 """Environment variable: how many Ray nodes are being started for this attempt alone, of the cluster at RAY_ADDRESS. The
 controller waits for them, and runs on one of them."""
 
+REPLACES_NODES = "DISTLM_REPLACES_NODES"
+"""Environment variable, set where a node of the cluster that leaves is replaced by another one: it is waited for."""
+
 
 def new_run_id() -> str:
     """UTC time and 6 random characters, such as 20260131-235959-3fa9c1: unique, and sorts by time."""

@@ -53,13 +53,14 @@ def cancel(options: argparse.Namespace) -> int:
     how = "finish its step, save and end" if options.checkpoint else "end now"
     say(f"run {run.run_id} is asked to {how}", file=sys.stderr if options.json else sys.stdout)
     deadline = time.monotonic() + options.timeout
-    out_of_sight_s = time.monotonic() + _SIGN_OF_LIFE_S
+    is_elsewhere = job is not None and job.is_elsewhere(run)
+    out_of_sight_s = time.monotonic() + (0 if is_elsewhere else _SIGN_OF_LIFE_S)
     while not is_there(attempt.result_json):
         if time.monotonic() >= deadline:
             return _say_still_running(run, attempt, options)
         time.sleep(_LOOK_INTERVAL_S)
         if job is not None and time.monotonic() >= out_of_sight_s:
-            out_of_sight_s = _end_out_of_sight(run, attempt)
+            out_of_sight_s = _end_out_of_sight(run, attempt, saves=options.checkpoint)
     result = read_json(attempt.result_json)
     # A training that has ended meanwhile needs no end, and one that was stopped more gently has one.
     asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
@@ -67,18 +68,18 @@ def cancel(options: argparse.Namespace) -> int:
     return _say_ended(run, ending(run, result), code, options.json)
 
 
-def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder) -> float:
+def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool) -> float:
     """The controller of a job may not see this folder: then its target ends it, and how it has ended is found out from
     there. When to look again."""
     job = find_job(run)
     if job is not None and job.is_alive and not is_there(attempt.handle_json):
-        job.cancel()
+        job.cancel(saves=saves)
     return time.monotonic() + _SIGN_OF_LIFE_S
 
 
 def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:
     """Nothing of it runs that could save or say how it ended."""
-    known.cancel()
+    known.cancel(saves=False)
     if not is_there(attempt.result_json):
         end_abandoned(attempt, Outcome(ExitCode.CANCELLED, "cancelled in the queue", cause=Cause.CANCELLATION))
         tell_mlflow(attempt)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from distlm.commands.find import find_run
@@ -16,9 +17,10 @@ from distlm.config.attempt import load_attempt
 from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.launchers.base import Job, JobState
+from distlm.launchers.carried import RESULT_PREFIX
 from distlm.launchers.jobs import KnownJob, find_job, job_output
-from distlm.launchers.ray import RESULT_PREFIX
 from distlm.launchers.supervise import ending_lines, say_ending
+from distlm.launchers.targets import queue_launcher
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json
 from distlm.run_status import run_status
 from distlm.view import View, make_event
@@ -37,6 +39,10 @@ def logs(options: argparse.Namespace) -> int:
         return follow(run, PlainView(sys.stdout), shows_ending=True)
     chosen = _chosen(run, attempts, options.attempt)
     path = chosen.output_log if options.rank is None else chosen.worker_log(options.rank)
+    if options.rank is not None and (lines := _logs_elsewhere(chosen, options)) is not None:
+        for text in lines:
+            say(text, end="")
+        return ExitCode.SUCCEEDED
     if options.follow:
         return _follow_file(run, chosen, path)
     if path.exists():
@@ -46,6 +52,15 @@ def logs(options: argparse.Namespace) -> int:
     else:
         raise InputError(_what_there_is(run, chosen, path))
     return ExitCode.SUCCEEDED
+
+
+def _logs_elsewhere(attempt: AttemptFolder, options: argparse.Namespace) -> Iterator[str] | None:
+    """Of a rank, from where the run's folder is; None: that is here, or not to be asked."""
+    job = Job.read(attempt)
+    if job is None or is_there(attempt.handle_json) or (launcher := queue_launcher(job.target)) is None:
+        return None
+    number = [] if options.attempt is None else [f"--attempt={options.attempt}"]
+    return launcher.logs_there(job, [f"--rank={options.rank}", *number, *(["-f"] if options.follow else [])])
 
 
 def _chosen(run: RunFolder, attempts: list[AttemptFolder], number: int | None) -> AttemptFolder:
@@ -193,19 +208,23 @@ class _Tail:
 
 
 class _JobTail:
-    """Reads what a job has printed since it was asked last, where its target tells that."""
+    """Reads what a job has printed since it was asked last, where its target tells that. A job that begins again may
+    begin with nothing printed."""
 
     def __init__(self, run: RunFolder, job: Job) -> None:
         self._run, self._job = run, job
-        self._num_lines = 0
+        self._shown: list[str] = []
 
     @property
     def has_shown(self) -> bool:
-        return self._num_lines > 0
+        return bool(self._shown)
 
     def new_lines(self) -> list[str]:
         """Those that are whole, but for what is meant for programs."""
         whole, _, _ = job_output(self._run, self._job).rpartition("\n")
-        lines = whole.splitlines()[self._num_lines :]
-        self._num_lines += len(lines)
-        return [line for line in lines if not line.startswith(RESULT_PREFIX)]
+        lines, num_shown = whole.splitlines(), len(self._shown)
+        if not lines:  # also where it could not be asked
+            return []
+        new = lines[num_shown:] if lines[:num_shown] == self._shown else lines
+        self._shown = lines
+        return [line for line in new if not line.startswith(RESULT_PREFIX)]

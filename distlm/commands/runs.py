@@ -100,7 +100,9 @@ def _with_job(one: RunStatus) -> tuple[RunStatus, KnownJob | None]:
         return one, None
     if not job.is_alive:  # if it has left no result, there is one now
         return run_status(one.run) if one.state in ("starting", "lost") else one, job
-    state = "starting" if job.status.state == JobState.RUNNING else str(job.status.state)
+    state = str(job.status.state)
+    if job.status.state == JobState.RUNNING and not job.is_elsewhere(one.run):
+        state = "starting"
     attempts = one.attempts
     if attempts and not attempts[-1].result:
         attempts = [*attempts[:-1], replace(attempts[-1], state=state)]

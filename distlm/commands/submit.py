@@ -22,11 +22,12 @@ from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import Cause, DistlmError, ExitCode, InputError
-from distlm.launchers.base import QueueLauncher, Request
+from distlm.launchers.base import Job, QueueLauncher, Request
+from distlm.launchers.carried import known_newest_step
 from distlm.launchers.jobs import find_job
 from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages
 from distlm.launchers.supervise import begin_event, wait_for_attempt
-from distlm.launchers.targets import check_for_target, launcher_for, queue_launcher
+from distlm.launchers.targets import check_for_target, launcher_for, queue_launcher, uses_the_folder_here
 from distlm.outcome import Outcome, write_result
 from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, lease, new_run_id, read_json, write_atomically
 from distlm.run_reference import pin_references
@@ -80,12 +81,25 @@ def resume(options: argparse.Namespace) -> int:
         raise InputError(f"run {run.run_id} has a job already, {job}; cancel it first: {command(run, 'cancel')}")
     if run_status(run).state == "starting":
         raise InputError(f"run {run.run_id} is being started; wait a minute if it was killed")
+    _require_checkpoints(run, loaded.config)
     with lease(run):  # refused here already, before an attempt is made, if the run is being trained
         if (attempts := run.attempts()) and not attempts[-1].result_json.exists():
             text = "the controller and the command that waited for it were killed"
             end_abandoned(attempts[-1], Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE))
         attempt = begin_attempt(loaded, run, overrides, changes=changes)
     return _begin(run, attempt, options)
+
+
+def _require_checkpoints(run: RunFolder, config: RunConfig) -> None:
+    """Raises InputError for a run that would begin anew, because its checkpoints are out of sight."""
+    newest_step = known_newest_step(run)
+    if uses_the_folder_here(config.resources.target) and CheckpointStore(run.checkpoints).newest_step() < newest_step:
+        folders = [job.folder for attempt in run.attempts() if (job := Job.read(attempt)) and job.folder]
+        where = f"in {folders[-1]} of its cluster" if folders else "where its cluster has the run's folder"
+        raise InputError(
+            f"the checkpoints of run {run.run_id}, with step {newest_step} as the newest, are not here but {where}: "
+            "continue it there, or copy them to the same folder here"
+        )
 
 
 def render(options: argparse.Namespace) -> int:

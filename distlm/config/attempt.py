@@ -40,7 +40,10 @@ class Attempt:
     """The last worker is killed (SIGKILL) in this step, for `distlm verify-resume`. None: no worker is."""
 
     def write(self, folder: AttemptFolder) -> None:
-        write_yaml(folder.attempt_yaml, asdict(self))
+        write_yaml(folder.attempt_yaml, self.to_yaml())
+
+    def to_yaml(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
     def read(cls, folder: AttemptFolder) -> Attempt:

@@ -7,9 +7,11 @@ The docstrings are the documentation: `distlm schema` prints them for editors.
 from __future__ import annotations
 
 import codecs
+import math
 import re
 import shlex
 from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -499,10 +501,10 @@ def _network_env(variables: dict[str, str]) -> dict[str, str]:
 class ResourcesConfig(Section):
     """Where an attempt runs and on how much. May differ between the attempts of one run."""
 
-    target: Literal["local", "ray", "slurm"] = "local"
+    target: Literal["local", "ray", "slurm", "kubernetes"] = "local"
     """Where to run. local: this machine, or as a driver on the Ray cluster that RAY_ADDRESS names, of which this is a
     node; ray: a job of another Ray cluster, see `ray`; slurm: a job of the cluster whose login node this is, see
-    `slurm`. `--target` on the command line sets it, too."""
+    `slurm`; kubernetes: pods with a Ray of their own, see `kubernetes`. `--target` on the command line sets it, too."""
     num_workers: Annotated[
         PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)], BeforeValidator(_num_workers)
     ] = 1
@@ -542,6 +544,10 @@ class ResourcesConfig(Section):
     def max_workers(self) -> int:
         """The most workers that the run may go on with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def workers_per_host(self, num_hosts: int) -> int:
+        """The most workers that one of so many hosts gets."""
+        return math.ceil(self.max_workers / num_hosts)
 
     @property
     def is_elastic(self) -> bool:
@@ -615,6 +621,133 @@ class SlurmConfig(Section):
     """Lines of bash that make `python` the one that distlm is installed for, such as `module load cuda` and `source
     .venv/bin/activate`; they run on the first node, in the folder that the job was submitted from, and the others get
     its environment. null: the Python that submits, by its path."""
+
+
+_KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def _kubernetes_name(text: str) -> str:
+    if not _KUBERNETES_NAME.fullmatch(text):
+        message = "must be a name as Kubernetes takes it: at most 63 lower-case letters, digits and '-'"
+        raise PydanticCustomError("kubernetes_name", message)
+    return text
+
+
+KubernetesName = Annotated[str, AfterValidator(_kubernetes_name)]
+
+
+def _absolute_path(text: str) -> str:
+    path = PurePosixPath(text)
+    if not path.is_absolute() or ".." in path.parts or path == PurePosixPath("/"):
+        raise PydanticCustomError("absolute_path", "must be the absolute path of a folder, such as /storage")
+    return str(path)
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            message = "{name} is no name of an environment variable"
+            raise PydanticCustomError("environment", message, {"name": name})
+    return variables
+
+
+def _pod_template(value: dict[str, Any]) -> dict[str, Any]:
+    if refused := sorted(set(value) - {"metadata", "spec"}):
+        message = "{key} is no key of a pod template; allowed: metadata, spec"
+        raise PydanticCustomError("pod_template", message, {"key": refused[0]})
+    return value
+
+
+PodTemplate = Annotated[dict[str, Any], AfterValidator(_pod_template)]
+
+
+class PodResources(Section):
+    """What each pod of a kind has; it may use that much and is promised as much."""
+
+    cpus: PositiveInt = 2
+    """CPUs."""
+    memory_gib: PositiveFloat = 4.0
+    """Memory in GiB, that of /dev/shm included."""
+
+
+class WorkerPodResources(PodResources):
+    """What each pod with workers has; it may use that much and is promised as much."""
+
+    gpus: NonNegativeInt = 0
+    """GPUs."""
+    gpu_resource: NonEmptyStr = "nvidia.com/gpu"
+    """Kubernetes' name for them."""
+
+
+class KubernetesStorage(Section):
+    """The storage that all pods share, by a PersistentVolumeClaim that many nodes can write to (ReadWriteMany)."""
+
+    claim: KubernetesName = "distlm-storage"
+    """Name of the claim, in the namespace of the run."""
+    mount_path: Annotated[str, AfterValidator(_absolute_path)] = "/storage"
+    """Where it is in the pods. Relative paths of the config (`runs_dir`, data, models) are seen from there."""
+
+
+class KubernetesConfig(Section):
+    """The pods, where `resources.target` is kubernetes: a RayJob of KubeRay, with a Ray of its own on a head pod, where
+    the controller runs, and pods with workers. May change on resume."""
+
+    context: NonEmptyStr | None = None
+    """Context of the kubeconfig; null: the current one, or, where there is none, that of the pod this is."""
+    namespace: KubernetesName | None = None
+    """Namespace; null: that of the context."""
+    image: NonEmptyStr | None = None
+    """Container image with distlm, by tag or digest: k8s/Dockerfile makes one."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When nodes fetch the image; null: as the cluster does."""
+    image_pull_secrets: list[KubernetesName] = []
+    """Secrets of the namespace with the credentials of the image's registry."""
+    service_account: KubernetesName | None = None
+    """Service account of the pods, which need no rights and get no token; null: the namespace's own."""
+    worker_pods: PositiveInt = 1
+    """Pods with workers; the workers are spread over them."""
+    head: PodResources = PodResources()
+    """The pod of the controller, which prepares the data, too."""
+    worker: WorkerPodResources = WorkerPodResources()
+    """The pods of the workers."""
+    shared_memory_gib: PositiveFloat = 1.0
+    """Size of /dev/shm in each of these pods in GiB: for Ray, and for NCCL where a pod has several GPUs."""
+    storage: KubernetesStorage = KubernetesStorage()
+    """Shared storage."""
+    env: Annotated[dict[str, str], AfterValidator(_environment)] = {}
+    """Environment variables of the pods that are no secrets, such as {MLFLOW_TRACKING_URI: http://mlflow:5000}."""
+    env_secret: KubernetesName | None = None
+    """A Secret of the namespace with the values of the variables that are named under `env` at the top; null:
+    `distlm submit` makes one for the run, with the values that they have where it is called."""
+    node_selector: dict[str, str] = {}
+    """Labels that the nodes of the worker pods must have."""
+    tolerations: list[dict[str, Any]] = []
+    """Taints of nodes that the worker pods tolerate, by Kubernetes' keys. That of `worker.gpu_resource` is tolerated
+    where they have GPUs."""
+    priority_class: NonEmptyStr | None = None
+    """Priority class of the pods."""
+    queue: NonEmptyStr | None = None
+    """LocalQueue of Kueue in which the run waits for its turn."""
+    suspend: bool = False
+    """Begin with nothing but the description of the run; it starts when its RayJob's `suspend` is set to false."""
+    max_retries: NonNegativeInt = 3
+    """How often the run may go on with a new Ray and new pods, after its head pod was lost or it was preempted; and how
+    many starts in a row may save no step. KubeRay retries every failure: of a training that has failed for good, the
+    job on the new pods ends at once."""
+    active_deadline_s: PositiveInt | None = None
+    """Seconds after which KubeRay ends it, counted from when it begins to make pods; null: never. It is not tried
+    again."""
+    ttl_s: NonNegativeInt = 30
+    """Seconds that the pods are kept after the end."""
+    network_policy: bool = True
+    """Let only the run's own pods and KubeRay's operator connect to its pods."""
+    pod_template: PodTemplate = {}
+    """Merged into the templates of all pods, by Kubernetes' keys; lists of named things are merged by their names. The
+    containers are ray-head, ray-worker and ray-job-submitter."""
+    head_template: PodTemplate = {}
+    """The same for the head pod alone."""
+    worker_template: PodTemplate = {}
+    """The same for the pods of the workers alone."""
 
 
 class MaxRetries(Section):
@@ -714,6 +847,8 @@ class RunConfig(Section):
     """The job on a Ray cluster."""
     slurm: SlurmConfig = SlurmConfig()
     """The job under Slurm."""
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    """The pods on Kubernetes."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Failures."""
     tracking: TrackingConfig = TrackingConfig()

@@ -430,13 +430,13 @@ class AttemptController:
 
     def _follow_nodes(self, cluster: Cluster, watch: ClusterWatch, mailbox: Any, num_workers: int) -> None:
         """Have the workers save and stop where more could go on, or where some are on a node that is about to leave;
-        without room for any others, the attempt is preempted."""
+        without room for any others, the attempt is preempted, unless nodes are replaced there."""
         if not self._is_training or self._has_passed_on_stop or self.stop.is_asked or not watch.nodes:
             return
         ours = {worker.node_id for worker in self._workers.values()}
         leaving = [node for node in watch.nodes if node.is_draining and node.id in ours]
         size = choose_world_size(self._possible_sizes, places(watch.nodes, cluster.device, cluster.cpus_per_worker))
-        if leaving and size is None:
+        if leaving and size is None and not cluster.replaces_nodes:
             self.stop.announced(f"Ray drains {leaving[0].host}, and there is no room elsewhere")
             return
         if not leaving and (size is None or size <= num_workers):
@@ -448,7 +448,8 @@ class AttemptController:
             why = f"Ray drains {leaving[0].host}" if leaving else "nodes have come"
             self._has_passed_on_stop = self._resizing = True
             mailbox.want_stop.remote()
-            self.progress.say(f"{why}: the workers save, and {size} go on in place of {num_workers}")
+            how = "they go on when another one has come" if size is None else f"{size} go on in place of {num_workers}"
+            self.progress.say(f"{why}: the workers save, and {how}")
 
     def _end_if_hung(self, incarnation: Incarnation) -> Outcome | None:
         """Kill the workers if they do not go on; who of them does not, and where it is."""

@@ -21,7 +21,7 @@ from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
 from distlm.processes import descendants, end_processes, kill_processes
 from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_extras
-from distlm.run_folder import NUM_OWN_NODES
+from distlm.run_folder import NUM_OWN_NODES, REPLACES_NODES
 from distlm.stop_count import signals_held
 
 _OWN_NODES_TIMEOUT_S, _LOOK_INTERVAL_S = 120.0, 0.2
@@ -61,6 +61,8 @@ class Cluster:
     """Of a cluster that was joined, whose nodes come and go."""
     spreads_workers: bool = False
     """Its nodes are for this attempt alone, and each is to have some of the workers."""
+    replaces_nodes: bool = False
+    """A node that leaves is replaced by another one."""
 
     @property
     def needs_of_worker(self) -> str:
@@ -161,7 +163,10 @@ def _join(
         else:
             share = max(1, int((total.get("CPU", 1) - _HELPER_CPUS) // resources.world_size))
         cpus_per_worker = resources.cpus_per_worker or share
-        yield Cluster(device, cpus_per_worker, fitness, watch=watch, spreads_workers=num_own_nodes > 0)
+        yield Cluster(
+            device, cpus_per_worker, fitness, watch=watch,
+            spreads_workers=num_own_nodes > 0, replaces_nodes=REPLACES_NODES in os.environ,
+        )  # fmt: skip
     finally:
         if watch:
             watch.close()

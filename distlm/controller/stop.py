@@ -114,6 +114,8 @@ def stop_on_cancel(stop: StopRequest, attempt: AttemptFolder) -> None:
         never = threading.Event()
         while not never.wait(_LOOK_INTERVAL_S):
             match _cancel_request(attempt):
+                case {"save": True, "reason": str(reason)}:
+                    stop.announced(reason)
                 case {"save": True}:
                     stop.announced("distlm cancel --checkpoint")
                 case {"save": False}:

@@ -4,7 +4,7 @@ gives back for it, its job, tells how it goes and can be cancelled."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -91,6 +91,8 @@ class Job:
     """Of the newest checkpoint when the attempt began."""
     address: str = ""
     """Of the cluster, where the target has several."""
+    folder: str = ""
+    """The run's folder as the job sees it, where that may be another one than here."""
 
     def write(self, folder: AttemptFolder) -> None:
         write_json(folder.job_json, asdict(self))
@@ -142,6 +144,12 @@ class QueueLauncher(Launcher, Protocol):
         """What the job has printed so far, as far as that is known here."""
         ...
 
-    def cancel(self, job: Job) -> None:
-        """Take it from the queue, or end it. Raises InfrastructureError where the target refuses."""
+    def cancel(self, job: Job, *, saves: bool) -> None:
+        """Take it from the queue, or end it, where the target can ask for that, after it `saves`. Raises DistlmError
+        where the target refuses."""
+        ...
+
+    def logs_there(self, job: Job, arguments: Sequence[str]) -> Iterator[str] | None:
+        """What `distlm logs` with these arguments prints where the job sees the run's folder, as it comes; None: the
+        target cannot tell. Raises DistlmError."""
         ...

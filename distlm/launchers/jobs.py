@@ -3,16 +3,17 @@ it has ended without having done it itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from distlm.errors import Cause, ExitCode
 from distlm.launchers.base import JOB_GOES_ON_AFTER, Job, JobState, JobStatus
+from distlm.launchers.carried import RESULT_PREFIX, result_in
 from distlm.launchers.local import end_abandoned, tell_mlflow
-from distlm.launchers.ray import result_in
 from distlm.launchers.targets import queue_launcher
 from distlm.outcome import Outcome
-from distlm.run_folder import RunFolder, is_there, lease_holder, read_json, write_json
+from distlm.run_folder import AttemptFolder, RunFolder, is_there, lease_holder, read_json, write_atomically, write_json
 
 _MAX_LOG_LINES = 5
 
@@ -29,10 +30,14 @@ class KnownJob:
         """It runs the attempt, or is going to run it or the next one."""
         return self.status.state.is_alive
 
-    def cancel(self) -> None:
+    def is_elsewhere(self, run: RunFolder) -> bool:
+        """It is known to have the run's folder at another place than here."""
+        return self.job.folder not in ("", str(run.path))
+
+    def cancel(self, *, saves: bool) -> None:
         """Raises DistlmError where the target refuses."""
         if (launcher := queue_launcher(self.job.target)) is not None:
-            launcher.cancel(self.job)
+            launcher.cancel(self.job, saves=saves)
 
     def __str__(self) -> str:
         return f"{self.job.target} job {self.job.id}: {self.status}"
@@ -62,6 +67,7 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
     if is_there(attempt.result_json) or lease_holder(run) is not None:
         return
     lines = job_output(run, known.job).splitlines()
+    _keep(lines, attempt)
     if (result := result_in(lines)) is not None:  # the run's folder is elsewhere, or not seen from here yet
         write_json(attempt.result_json, result)
         return
@@ -76,6 +82,13 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
             outcome = Outcome(ExitCode.INFRASTRUCTURE, message, cause=Cause.INFRASTRUCTURE)
     end_abandoned(attempt, outcome)
     tell_mlflow(attempt)
+
+
+def _keep(lines: Sequence[str], attempt: AttemptFolder) -> None:
+    """What the job has printed, which its target may forget."""
+    if lines and not is_there(attempt.output_log):
+        shown = [line for line in lines if not line.startswith(RESULT_PREFIX)]
+        write_atomically(attempt.output_log, "".join(f"{line}\n" for line in shown))
 
 
 def job_output(run: RunFolder, job: Job) -> str:

@@ -23,12 +23,8 @@ from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
 from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.launchers.base import Job, JobState, JobStatus, Request
+from distlm.launchers.carried import ATTEMPT_FILES, JOB, carried_files
 from distlm.run_folder import RunFolder
-
-ATTEMPT_FILES = "DISTLM_ATTEMPT_FILES"
-"""Environment variable: the files of the run that its job needs, by their path in the run's folder, as JSON."""
-RESULT_PREFIX = "distlm-result: "
-"""What the line of the job's output begins with that holds its result.json."""
 
 _CONNECT_TIMEOUT_S = 10.0
 _DEFAULT_PORT = 8265
@@ -78,11 +74,9 @@ class RayLauncher:
     def build(self, config: RunConfig, run: RunFolder) -> RayRequest:
         attempts = run.attempts()
         number = attempts[-1].number if attempts else 1
-        files = [run.run_yaml, *([attempts[-1].attempt_yaml] if attempts else [])]
-        carried = {str(path.relative_to(run.path)): path.read_text("utf-8") for path in files if path.exists()}
-        return self._request(
-            config, (str(run.path),), f"{run.run_id}-{number:03d}", {ATTEMPT_FILES: json.dumps(carried)}
-        )
+        name = f"{run.run_id}-{number:03d}"
+        variables = {ATTEMPT_FILES: json.dumps(carried_files(run)), JOB: f"ray:{name}"}
+        return self._request(config, (str(run.path),), name, variables)
 
     def render(self, config: RunConfig, path: Path, overrides: list[str]) -> RayRequest:
         return self._request(config, (str(path.absolute()), *overrides), "", {})
@@ -126,8 +120,12 @@ class RayLauncher:
             return ""
         return text
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Job, *, saves: bool) -> None:
+        """Whoever is stopped by Ray saves."""
         self._ask(job.address, lambda client: client.stop_job(job.id))
+
+    def logs_there(self, job: Job, arguments: Sequence[str]) -> None:
+        return None
 
     def _ask(self, address: str, ask: Callable[[Any], _T]) -> _T:
         """Raises InputError for what the user can mend, InfrastructureError for the rest."""
@@ -171,15 +169,3 @@ def status_of(word: str, exit_code: int | None, message: str | None) -> JobStatu
     state = _STATES.get(word, JobState.UNKNOWN).with_exit_code(exit_code)
     reason = " ".join((message or "").split()) if state != JobState.RUNNING else ""
     return JobStatus(state, word, reason)
-
-
-def result_in(lines: Sequence[str]) -> dict[str, Any] | None:
-    """The result.json among the lines that a job has printed; None: it has not come so far."""
-    for line in reversed(lines):
-        if line.startswith(RESULT_PREFIX):
-            try:
-                content = json.loads(line.removeprefix(RESULT_PREFIX))
-            except ValueError:
-                return None
-            return content if isinstance(content, dict) else None
-    return None

@@ -14,7 +14,8 @@ from distlm.config.schema import RunConfig, slurm_time_s
 from distlm.errors import InfrastructureError, InputError, Problem
 from distlm.launchers.base import Job, JobState, JobStatus, Request
 from distlm.launchers.files import check_files
-from distlm.launchers.slurm_script import batch_script, cpus_per_node, workers_per_node
+from distlm.launchers.shares import Hosts, check_hosts
+from distlm.launchers.slurm_script import batch_script, cpus_per_node
 from distlm.launchers.slurm_states import num_jobs_before, status_of_accounting, status_of_job
 from distlm.run_folder import RunFolder
 
@@ -91,10 +92,13 @@ class SlurmLauncher:
         except OSError:
             return ""
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Job, *, saves: bool) -> None:
         answer = _ask(("scancel", job.id))
         if answer.returncode != 0:
             raise InfrastructureError(f"scancel {job.id}: {_words(answer)}")
+
+    def logs_there(self, job: Job, arguments: Sequence[str]) -> None:
+        return None
 
 
 def _log(run: RunFolder, job_id: str) -> Path:
@@ -103,22 +107,13 @@ def _log(run: RunFolder, job_id: str) -> Path:
 
 def _check_slurm(config: RunConfig) -> Iterator[Problem]:
     slurm, resources = config.slurm, config.resources
-    workers = workers_per_node(config)
-    if resources.max_workers < slurm.nodes:
-        message = f"some of them would have nothing to do: resources.num_workers is {resources.num_workers}"
-        yield Problem(message, "slurm.nodes", str(slurm.nodes))
-    if resources.device == "cuda" and not slurm.gpus_per_node:
-        yield Problem(f"resources.device is cuda; each node needs {workers}", "slurm.gpus_per_node", "0")
-    if resources.device == "cpu" and slurm.gpus_per_node:
-        message = "resources.device is cpu, and the GPUs would have nothing to do"
-        yield Problem(message, "slurm.gpus_per_node", str(slurm.gpus_per_node))
-    if resources.device != "cpu" and slurm.gpus_per_node and workers > slurm.gpus_per_node:
-        message = f"{workers} workers are to be on each node, and each needs one"
-        yield Problem(message, "slurm.gpus_per_node", str(slurm.gpus_per_node))
-    cpus, needed = cpus_per_node(config), workers * (resources.cpus_per_worker or 1)
-    if cpus is not None and cpus < needed:
-        message = f"{workers} workers with resources.cpus_per_worker = {resources.cpus_per_worker or 1} need {needed}"
-        yield Problem(message, "slurm.cpus_per_node", str(cpus))
+    yield from check_hosts(
+        config,
+        Hosts(
+            "node", "slurm.nodes", slurm.nodes, "slurm.gpus_per_node", slurm.gpus_per_node,
+            "slurm.cpus_per_node", cpus_per_node(config),
+        ),
+    )  # fmt: skip
     if slurm.time is not None and slurm_time_s(slurm.time) < resources.time_to_save_s + 2 * _MINUTE_S:
         message = (
             f"nothing could be trained: the workers are to save resources.time_to_save_s = "

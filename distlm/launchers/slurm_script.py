@@ -11,16 +11,12 @@ from collections.abc import Iterator, Sequence
 from distlm.config.schema import RunConfig
 
 
-def workers_per_node(config: RunConfig) -> int:
-    """The most workers that a node gets."""
-    return math.ceil(config.resources.max_workers / config.slurm.nodes)
-
-
 def cpus_per_node(config: RunConfig) -> int | None:
     """None: all that the nodes have."""
     if config.slurm.cpus_per_node is None and config.slurm.exclusive:
         return None
-    return config.slurm.cpus_per_node or workers_per_node(config) * (config.resources.cpus_per_worker or 1)
+    workers = config.resources.workers_per_host(config.slurm.nodes)
+    return config.slurm.cpus_per_node or workers * (config.resources.cpus_per_worker or 1)
 
 
 def batch_script(config: RunConfig, what: Sequence[str], header: Sequence[str], output: str | None) -> str:

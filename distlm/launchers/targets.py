@@ -7,11 +7,24 @@ from collections.abc import Iterator
 from distlm.config.schema import RunConfig
 from distlm.errors import Problem
 from distlm.launchers.base import Launcher, QueueLauncher
+from distlm.launchers.kubernetes import KubernetesLauncher
 from distlm.launchers.local import LocalLauncher
 from distlm.launchers.ray import RayLauncher
 from distlm.launchers.slurm import SlurmLauncher
 
-_WITH_QUEUE: dict[str, type[QueueLauncher]] = {"ray": RayLauncher, "slurm": SlurmLauncher}
+_WITH_QUEUE: dict[str, type[QueueLauncher]] = {
+    "ray": RayLauncher,
+    "slurm": SlurmLauncher,
+    "kubernetes": KubernetesLauncher,
+}
+
+
+_CARRY_FILES = ("ray", "kubernetes")
+
+
+def uses_the_folder_here(target: str) -> bool:
+    """Whether a run there needs its folder as it is here; else what it needs travels with its job."""
+    return target not in _CARRY_FILES
 
 
 def queue_launcher(target: str) -> QueueLauncher | None:

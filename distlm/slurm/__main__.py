@@ -12,32 +12,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.compile_caches import keep_compile_caches
-from distlm.config.attempt import begin_attempt, changed_config, create_run, load_attempt
-from distlm.config.load import load_config
+from distlm.config.attempt import load_attempt
 from distlm.console import exit_code_of, say
-from distlm.errors import Cause, ExitCode, InputError
-from distlm.launchers.base import JOB_GOES_ON_AFTER, Job
-from distlm.launchers.local import end_abandoned, require_packages
+from distlm.errors import ExitCode, InputError
+from distlm.job_run import JobName, final_code, next_attempt, run_of_config
+from distlm.launchers.base import Job
+from distlm.launchers.local import require_packages
 from distlm.launchers.slurm import SlurmLauncher
 from distlm.launchers.supervise import wait_for_attempt
-from distlm.outcome import Outcome
-from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json, runs_in
-from distlm.run_reference import pin_references
+from distlm.run_folder import RunFolder
 from distlm.slurm.allocation import Allocation
 from distlm.slurm.launcher import AllocationLauncher
 from distlm.stop_count import signals_held
 from distlm.view.kept import KeptView
 from distlm.view.plain import PlainView
 
-_TARGET = "resources.target=slurm"
-_LEASE_TIMEOUT_S, _LEASE_INTERVAL_S = 180.0, 10.0
+_ABANDONED = "the job was ended by Slurm before it could save (a node lost, or no time left)"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,11 +40,12 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError("usage: python -m distlm.slurm RUN_FOLDER, or CONFIG [KEY=VALUE ...]")
     allocation = Allocation.from_environ(os.environ)
     require_packages()
-    run = _run(allocation, Path(arguments[0]), list(arguments[1:]))
-    if (final := _final_code(run)) is not None:
+    name = JobName("slurm", allocation.job_id)
+    run = _run(name, allocation, Path(arguments[0]), list(arguments[1:]))
+    if (final := final_code(run)) is not None:
         say(f"run {run.run_id} has ended before with exit code {final}; nothing to do")
         return final
-    attempt = _next_attempt(run)
+    attempt = next_attempt(run, name, SlurmLauncher().check_here, _ABANDONED)
     job = Job("slurm", allocation.job_id, allocation.num_restarts, CheckpointStore(run.checkpoints).newest_step())
     job.write(attempt)
     keep_compile_caches(run)  # for all nodes, which get this environment
@@ -63,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     return code
 
 
-def _run(allocation: Allocation, what: Path, overrides: list[str]) -> RunFolder:
+def _run(name: JobName, allocation: Allocation, what: Path, overrides: list[str]) -> RunFolder:
     """The run of this job: the one named, or the one that it made of the config when it began first, or a new one."""
     if (what / "run.yaml").is_file():
         return RunFolder(what.absolute())
@@ -72,68 +68,8 @@ def _run(allocation: Allocation, what: Path, overrides: list[str]) -> RunFolder:
             f"the run's folder {what} is not there on {os.uname().nodename}: every node of the job must see it; set "
             "runs_dir to a folder on shared storage"
         )
-    loaded = load_config(what, [*overrides, _TARGET], SlurmLauncher().check_here)
-    runs_dir = Path(loaded.config.runs_dir).absolute()
-    if allocation.num_restarts and (run := _run_of_job(runs_dir, allocation.job_id)) is not None:
-        return run
-    loaded = pin_references(loaded)
-    run = RunFolder(runs_dir / new_run_id())
-    create_run(loaded, run)
-    begin_attempt(loaded, run, [*overrides, _TARGET])
-    return run
-
-
-def _run_of_job(runs_dir: Path, job_id: str) -> RunFolder | None:
-    for run in runs_in(runs_dir):
-        for attempt in reversed(run.attempts()):
-            if (job := Job.read(attempt)) is not None and (job.target, job.id) == ("slurm", job_id):
-                return run
-    return None
-
-
-def _final_code(run: RunFolder) -> ExitCode | None:
-    """The exit code of a run that there is nothing more to do for."""
-    attempts = run.attempts()
-    result = read_json(attempts[-1].result_json) if attempts else None
-    code = ExitCode(result["exit_code"]) if result is not None else None
-    return None if code in JOB_GOES_ON_AFTER else code
-
-
-def _next_attempt(run: RunFolder) -> AttemptFolder:
-    """The one that was begun for this job, or a new one after one that was ended. Raises InputError where another
-    controller has the run."""
-    if not run.attempts():
-        raise InputError(f"the run's folder {run.path} has no attempt")
-    newest = run.attempts()[-1]
-    if not newest.handle_json.exists() and not newest.result_json.exists():
-        return newest
-    loaded, changes = changed_config(run, [], SlurmLauncher().check_here)
-    if loaded.config.resources.target != "slurm":
-        loaded, changes = changed_config(run, [_TARGET], SlurmLauncher().check_here)
-    with _lease_in_time(run):
-        if not newest.result_json.exists():
-            text = "the job was ended by Slurm before it could save (a node lost, or no time left)"
-            end_abandoned(newest, Outcome(ExitCode.INFRASTRUCTURE, text, cause=Cause.INFRASTRUCTURE))
-        return begin_attempt(loaded, run, [], changes=changes)
-
-
-@contextmanager
-def _lease_in_time(run: RunFolder) -> Iterator[None]:
-    """The lease of the run. Shared storage may hold that of a node that is gone for a minute or two. Raises InputError
-    where somebody keeps it."""
-    deadline = time.monotonic() + _LEASE_TIMEOUT_S
-    with ExitStack() as scope:
-        while True:
-            try:
-                scope.enter_context(lease(run))
-                break
-            except InputError as error:
-                if time.monotonic() > deadline:
-                    raise
-                said = f"waiting: {error}"
-            say(said)
-            time.sleep(_LEASE_INTERVAL_S)
-        yield
+    check, has_begun = SlurmLauncher().check_here, allocation.num_restarts > 0
+    return run_of_config(what, overrides, name, check, may_have_begun=has_begun)
 
 
 def _requeue(run: RunFolder, job: Job, max_requeues: int) -> str:

@@ -97,7 +97,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("paths:", "path:", "run.yaml:8: data.train.0.path: unknown key; did you mean data.train.0.paths?"),
         ("hidden_size:", "hiden_size:", "run.yaml:3: model.config.hiden_size = 32: unknown key; did you mean hidden_size?"),
         ("name: small", "größe: 3", "run.yaml:1: größe = 3: unknown key; allowed here: name, seed, task, model, peft, "
-         "tokenizer, data, training, deepspeed, resources, ray, slurm, recovery, tracking, profile, runs_dir, env"),
+         "tokenizer, data, training, deepspeed, resources, ray, slurm, kubernetes, recovery, tracking, profile, runs_dir, env"),
         ("source: files, ", "", "run.yaml:8: data.train.0: needs the key 'source'"),
         ("source: files", "source: fils", "run.yaml:8: data.train.0.source = fils: must be one of 'files', 'parallel', 'datasets', 'python-docs'"),
         ("[corpus.jsonl]", "corpus.jsonl", "run.yaml:8: data.train.0.paths = corpus.jsonl: must be a list, such as [a, b]"),
@@ -119,7 +119,7 @@ def test_windows_line_ends_and_byte_order_marks_are_fine(place: Path, change: Ca
         ("max_steps: 20", f"max_steps: {10**30}", f"run.yaml:12: training.max_steps = {10**30}: must be less than 2147483648"),
         ("name: small", f"seed: {2**63}", f"run.yaml:1: seed = {2**63}: must be less than {2**63}"),
         ("hidden_size: 32", "hidden_size: big", "run.yaml:3: model.config.hidden_size = big: must be a whole number above 0"),
-        ("num_workers: 2", "target: lsf", "run.yaml:16: resources.target = lsf: must be 'local', 'ray' or 'slurm'"),
+        ("num_workers: 2", "target: lsf", "run.yaml:16: resources.target = lsf: must be 'local', 'ray', 'slurm' or 'kubernetes'"),
     ],
 )  # fmt: skip
 def test_a_broken_config_is_refused_with_its_line(

@@ -17,12 +17,13 @@ data: {train: [{source: python-docs}]}
 training: {max_steps: 10}
 """
 HEAVY = {"torch", "ray", "mlflow", "deepspeed", "accelerate", "transformers", "numpy", "pyarrow", "datasets", "peft"}
+HEAVY |= {"kubernetes", "urllib3"}
 CONTROL_PLANE = [
     "causes.py", "cli.py", "commands", "completion.py", "console.py", "devices.py", "doctor", "errors.py",
-    "leftovers.py", "metrics_file.py", "mlflow_store.py", "outcome.py", "processes.py", "ray_job.py", "ray_settings.py",
-    "redact.py", "retry_policy.py",
-    "run_folder.py", "run_status.py", "stop_count.py", "table_arguments.py", "temporary.py",
-    "checkpoint", "config", "launchers", "slurm", "verify_resume", "view",
+    "job_run.py", "leftovers.py", "metrics_file.py", "mlflow_store.py", "outcome.py", "processes.py", "ray_job.py",
+    "ray_settings.py", "redact.py", "retry_policy.py", "run_folder.py", "run_status.py", "stop_count.py",
+    "table_arguments.py", "temporary.py",
+    "checkpoint", "config", "kubernetes", "launchers", "slurm", "verify_resume", "view",
     "data/sources.py", "data/rows.py", "data/readers.py", "data/tables.py", "data/lines.py", "data/python_docs.py",
 ]  # fmt: skip
 DATA_PLANE = (

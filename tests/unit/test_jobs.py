@@ -13,8 +13,8 @@ from made_runs import end, held_lease, make_attempt, make_run
 from distlm.errors import ExitCode, InputError
 from distlm.launchers import jobs, targets
 from distlm.launchers.base import Job, JobState, JobStatus, Request
+from distlm.launchers.carried import RESULT_PREFIX
 from distlm.launchers.jobs import KnownJob, find_job, job_output
-from distlm.launchers.ray import RESULT_PREFIX
 from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
 from distlm.view import make_event
 from distlm.view.kept import KeptView
@@ -58,7 +58,10 @@ class FakeTarget:
     def output(self, *_: Any) -> str:
         return self.printed
 
-    def cancel(self, _: Job) -> None:
+    def cancel(self, _: Job, *, saves: bool) -> None:
+        return
+
+    def logs_there(self, *_: Any) -> None:
         return
 
 

@@ -13,10 +13,11 @@ import distlm
 from distlm.config.attempt import begin_attempt, create_run
 from distlm.config.load import LoadedConfig, load_config
 from distlm.errors import InfrastructureError, InputError
+from distlm.job_run import JobName, run_of_files
 from distlm.launchers.base import Job, JobState
-from distlm.launchers.ray import ATTEMPT_FILES, RESULT_PREFIX, RayLauncher, RayRequest, result_in, status_of
+from distlm.launchers.carried import ATTEMPT_FILES, JOB, RESULT_PREFIX, result_in
+from distlm.launchers.ray import RayLauncher, RayRequest, status_of
 from distlm.launchers.targets import check_for_target
-from distlm.ray_job import _carried_run
 from distlm.run_folder import RunFolder
 
 CONFIG = """
@@ -64,13 +65,14 @@ def test_the_run_travels_with_the_job_and_secrets_are_not_shown(
     assert request.submission_id == f"{run.run_id}-001"
     assert request.runtime_env["pip"] == ["sacremoses"] and "py_modules" not in request.runtime_env
     carried = json.loads(request.runtime_env["env_vars"][ATTEMPT_FILES])
-    assert {*carried} == {"run.yaml", "attempts/001/attempt.yaml"}
+    assert {*carried} == {"run.yaml", "attempt.yaml", "newest_step"}
+    assert request.runtime_env["env_vars"][JOB] == f"ray:{run.run_id}-001"
     shown = shlex.split(str(request))
     assert shown[:4] == ["ray", "job", "submit", "--address=http://head:8265"]
     assert json.loads(shown[shown.index("--runtime-env-json") + 1])["env_vars"]["SECRET_OF_MINE"] == "${SECRET_OF_MINE}"
     assert "hunter2" not in str(request) and "hunter2" not in run.run_yaml.read_text()
 
-    elsewhere = _carried_run(tmp_path / "of-the-cluster" / run.run_id, carried)
+    elsewhere = run_of_files(tmp_path / "of-the-cluster" / run.run_id, carried, JobName("ray", request.submission_id))
     assert elsewhere.run_yaml.read_text() == run.run_yaml.read_text()
     assert [attempt.number for attempt in elsewhere.attempts()] == [1]
     assert elsewhere.attempts()[0].logs.is_dir()

@@ -13,9 +13,12 @@ from made_runs import CONFIG, end, held_lease, make_attempt, make_run
 
 from distlm.config.attempt import Attempt, load_attempt
 from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.job_run import JobName, final_code, next_attempt
 from distlm.launchers.base import Job
-from distlm.run_folder import RunFolder, read_json, runs_in, write_json
-from distlm.slurm.__main__ import _final_code, _next_attempt, _requeue, _run, _saves_steps, main
+from distlm.launchers.slurm import SlurmLauncher
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, runs_in, write_json
+from distlm.slurm import __main__ as slurm_job
+from distlm.slurm.__main__ import _requeue, _saves_steps, main
 from distlm.slurm.allocation import NUM_HEAD_PORTS, PORTS_PER_JOB, Allocation, expand_counts, own_address
 from distlm.slurm.ray_nodes import NodeOrder
 
@@ -26,6 +29,14 @@ UNKNOWN = "no-such-node.invalid"
 
 def allocation(job_id: str = "17", num_restarts: int = 0) -> Allocation:
     return Allocation(job_id, num_restarts, ("n1", "n2"), ("n1", "n2"), (4, 4), None)
+
+
+def _run(given: Allocation, what: Path, overrides: list[str]) -> RunFolder:
+    return slurm_job._run(JobName("slurm", given.job_id), given, what, overrides)
+
+
+def _next_attempt(run: RunFolder) -> AttemptFolder:
+    return next_attempt(run, JobName("slurm", "17"), SlurmLauncher().check_here, slurm_job._ABANDONED)
 
 
 @pytest.fixture
@@ -237,11 +248,11 @@ def test_a_job_makes_a_run_of_its_own_unless_it_has_one(config_file: Path) -> No
 @pytest.mark.parametrize("code", list(ExitCode))
 def test_a_result_is_final_unless_a_new_start_may_mend_it(tmp_path: Path, code: ExitCode) -> None:
     run = make_run(tmp_path / "runs")
-    assert _final_code(run) is None
+    assert final_code(run) is None
     end(make_attempt(run), code)
-    assert _final_code(run) == (None if code in (75, 3) else code)
+    assert final_code(run) == (None if code in (75, 3) else code)
     make_attempt(run)
-    assert _final_code(run) is None, "the newest attempt has not ended"
+    assert final_code(run) is None, "the newest attempt has not ended"
 
 
 def test_the_attempt_that_was_begun_for_the_job_is_run(tmp_path: Path) -> None:
@@ -284,15 +295,15 @@ def test_a_killed_attempt_gets_a_result(tmp_path: Path) -> None:
     assert (result["exit_code"], result["cause"]) == (ExitCode.INFRASTRUCTURE, "infrastructure")
     assert "ended by Slurm before it could save" in result["message"]
     assert not left.exists()
-    assert _final_code(run) is None
+    assert final_code(run) is None
 
 
 @pytest.mark.parametrize("code", [None, ExitCode.PREEMPTED])
 def test_a_run_that_another_controller_has_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCode | None
 ) -> None:
-    monkeypatch.setattr("distlm.slurm.__main__._LEASE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("distlm.slurm.__main__._LEASE_INTERVAL_S", 0.1)
+    monkeypatch.setattr("distlm.job_run._LEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("distlm.job_run._LEASE_INTERVAL_S", 0.1)
     run = make_run(tmp_path / "runs", resources=ON_SLURM)
     attempt = make_attempt(run)
     write_json(attempt.handle_json, {"host": "n1", "pid": 1, "temporary_root": ""})

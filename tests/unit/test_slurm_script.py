@@ -17,7 +17,7 @@ from distlm.config.schema import RunConfig, SlurmConfig, slurm_time_s
 from distlm.errors import InputError, Problem
 from distlm.launchers.base import Job
 from distlm.launchers.slurm import SlurmLauncher
-from distlm.launchers.slurm_script import cpus_per_node, workers_per_node
+from distlm.launchers.slurm_script import cpus_per_node
 from distlm.run_folder import RunFolder
 
 TEXT = """\
@@ -186,7 +186,7 @@ def test_the_cpus_of_a_node_follow_from_its_workers(
 ) -> None:
     overrides = [f"resources.num_workers={workers}", f"slurm.nodes={nodes}", *others]
     config = load(tmp_path, *overrides)
-    assert (workers_per_node(config), cpus_per_node(config)) == (per_node, cpus)
+    assert (config.resources.workers_per_host(config.slurm.nodes), cpus_per_node(config)) == (per_node, cpus)
     asked = [line for line in directives(build(tmp_path, *overrides)) if line.startswith("--cpus")]
     assert asked == ([] if cpus is None else [f"--cpus-per-task={cpus}"])
 

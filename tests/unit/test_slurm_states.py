@@ -382,7 +382,7 @@ def test_a_command_that_is_not_installed(bin_folder: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="sbatch is not installed here"):
         SlurmLauncher().submit(Request(("sbatch", "--parsable"), "#!/bin/bash\n"), tmp_path)
     with pytest.raises(InputError, match="scancel is not installed here"):
-        SlurmLauncher().cancel(JOB)
+        SlurmLauncher().cancel(JOB, saves=False)
 
 
 def test_a_command_that_hangs_is_not_waited_for(
@@ -398,7 +398,7 @@ def test_a_command_that_hangs_is_not_waited_for(
     with pytest.raises(InfrastructureError, match="sbatch has not answered"):
         SlurmLauncher().submit(Request(("sbatch",), "#!/bin/bash\n"), tmp_path)
     with pytest.raises(InfrastructureError, match="scancel has not answered"):
-        SlurmLauncher().cancel(JOB)
+        SlurmLauncher().cancel(JOB, saves=False)
 
 
 def test_a_status_raises_nothing_for_letters_of_another_encoding(bin_folder: Path) -> None:
@@ -428,8 +428,8 @@ def test_what_sbatch_refuses_is_said_in_its_words(bin_folder: Path, tmp_path: Pa
 
 def test_a_job_is_cancelled_by_its_id(bin_folder: Path) -> None:
     fake(bin_folder, "scancel", "exit 0")
-    SlurmLauncher().cancel(JOB)
+    SlurmLauncher().cancel(JOB, saves=False)
     assert arguments(bin_folder, "scancel") == ["17"]
     fake(bin_folder, "scancel", "echo 'scancel: error: Kill job error on job id 17: Access denied' >&2; exit 1")
     with pytest.raises(InfrastructureError, match=r"^scancel 17: .*Access denied$"):
-        SlurmLauncher().cancel(JOB)
+        SlurmLauncher().cancel(JOB, saves=False)

@@ -1,0 +1,265 @@
+"""Target kubernetes: the run is a RayJob of KubeRay. What is made of a config is in `kubernetes_manifests`, what the
+cluster says about it in `kubernetes_states`, and what the job does in `distlm.ray_job` and `distlm.kubernetes`.
+
+The client needs the package kubernetes alone (`pip install 'distlm[kubernetes]'`), and need not see the storage of the
+cluster: the config travels as a ConfigMap, and how the run ended comes back with the job's output.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from distlm.config.resolve import contradictions
+from distlm.config.schema import RunConfig
+from distlm.errors import DistlmError, InputError, Problem
+from distlm.launchers.base import Job, JobState, JobStatus, Request
+from distlm.launchers.carried import carried_files
+from distlm.launchers.kubernetes_api import AlreadyThereError, KubernetesApi, NotThereError
+from distlm.launchers.kubernetes_manifests import (
+    COMPONENT_LABEL,
+    CONFIG_FOLDER,
+    FOLDER_ANNOTATION,
+    HEAD,
+    SUBMITTER,
+    Manifest,
+    folder_in_pods,
+    manifests,
+    name_of,
+    to_yaml,
+    working_directory_in_pods,
+)
+from distlm.launchers.kubernetes_states import of_run, status_of
+from distlm.launchers.shares import Hosts, check_hosts
+from distlm.run_folder import RunFolder
+
+_START_S = 120
+"""What pods and workers need before they train, at least."""
+
+
+@dataclass(frozen=True)
+class KubernetesRequest(Request):
+    """Objects to make, by the API or, printed, by kubectl."""
+
+    objects: tuple[Manifest, ...] = ()
+    context: str | None = None
+    namespace: str | None = None
+    env: tuple[str, ...] = field(default=())
+    """Names of variables whose values are put into the Secret, and not shown."""
+
+    @property
+    def ray_job(self) -> Manifest:
+        return self.objects[-1]
+
+
+class KubernetesLauncher:
+    """See `distlm.launchers.base.QueueLauncher`."""
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        yield from contradictions(config)
+        yield from _check_image(config.kubernetes.image)
+        yield from _check_pods(config)
+        yield from _check_places(config)
+
+    def check_here(self, config: RunConfig) -> Iterator[Problem]:
+        """Files are on the cluster: the controller looks there."""
+        return self.check(config)
+
+    def build(self, config: RunConfig, run: RunFolder) -> KubernetesRequest:
+        attempts = run.attempts()
+        name = f"distlm-{run.run_id}-{attempts[-1].number if attempts else 1:03d}"
+        there = working_directory_in_pods(config, str(Path.cwd()))
+        folder = _known_folder(run) or folder_in_pods(config, run.run_id, there)
+        header = [f"Run {run.run_id} of distlm. `distlm status {run.path}` tells how it goes."]
+        return _request(config, header, manifests(config, name, [folder], carried_files(run, there), folder))
+
+    def render(self, config: RunConfig, path: Path, overrides: list[str]) -> KubernetesRequest:
+        if config.env and config.kubernetes.env_secret is None:
+            message = (
+                "name a Secret of the namespace that has the values of the variables under env: no values are printed"
+            )
+            raise InputError(Problem(message, "kubernetes.env_secret"))
+        name = name_of(config.name)
+        header = [
+            f'A run of {path} ("{config.name}") on Kubernetes: kubectl apply it. A RayJob is one run: made again after',
+            "it was deleted, it goes on from its newest checkpoint. For another run give another name (`name=...`).",
+            "",
+            "Printed by:",
+            f"  distlm render {' '.join([str(path), *overrides])} --target kubernetes",
+        ]
+        what = [f"{CONFIG_FOLDER}/{path.name}", *overrides]
+        return _request(config, header, manifests(config, name, what, {path.name: path.read_text("utf-8")}))
+
+    def submit(self, request: Request, folder: Path) -> Job:
+        assert isinstance(request, KubernetesRequest)
+        api = KubernetesApi.connect(request.context, request.namespace)
+        name = request.ray_job["metadata"]["name"]
+        others, new = request.objects[:-1], []
+        try:
+            for manifest in others:
+                if _create(api, _with_values(manifest, request.env))[1]:
+                    new.append(manifest)
+            ray_job, _ = _create(api, request.ray_job)
+        except DistlmError:
+            for manifest in new:
+                api.delete(manifest["kind"], manifest["metadata"]["name"])
+            raise
+        for manifest in others:
+            api.own(manifest, ray_job)
+        there = request.ray_job["metadata"]["annotations"][FOLDER_ANNOTATION]
+        return Job("kubernetes", f"{api.namespace}/{name}", address=api.context, folder=there)
+
+    def status(self, job: Job) -> JobStatus:
+        try:
+            api, name = _api_and_name(job)
+            return status_of(api.find(name))
+        except NotThereError:
+            return JobStatus(JobState.CANCELLED, "deleted", "its RayJob is not there any more")
+        except DistlmError as error:
+            return JobStatus(JobState.UNKNOWN, reason=str(error))
+
+    def output(self, job: Job, run: RunFolder) -> str:
+        """Of the newest submitter, which is another one after a retry."""
+        try:
+            api, name = _api_and_name(job)
+            pods = api.pods(f"{of_run(name)},{COMPONENT_LABEL}=submitter")
+            return api.log(pods[0]["metadata"]["name"], SUBMITTER) if pods else ""
+        except DistlmError:
+            return ""
+
+    def cancel(self, job: Job, *, saves: bool) -> None:
+        """By a command in the head pod; where that cannot be, the RayJob is deleted, and its pods save as they end."""
+        api, name = _api_and_name(job)
+        if self.status(job).state != JobState.RUNNING:
+            return api.delete("RayJob", name)
+        api.no_more_retries(name)
+        try:
+            command = ["cancel", job.folder, *(["--checkpoint"] if saves else [])]
+            for _ in self._in_head_pod(api, name, command):
+                pass
+        except DistlmError:
+            api.delete("RayJob", name)
+
+    def logs_there(self, job: Job, arguments: Sequence[str]) -> Iterator[str]:
+        api, name = _api_and_name(job)
+        return self._in_head_pod(api, name, ["logs", job.folder, *arguments])
+
+    def _in_head_pod(self, api: KubernetesApi, name: str, arguments: Sequence[str]) -> Iterator[str]:
+        """What a command of distlm prints there. Raises InputError where there is no such pod."""
+        heads = [
+            pod
+            for pod in api.pods(f"{of_run(name)},{COMPONENT_LABEL}=head")
+            if (pod.get("status") or {}).get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+        ]
+        if not heads:
+            raise InputError(f"the RayJob {name} has no head pod that runs, which could be asked")
+        return api.run(heads[0]["metadata"]["name"], HEAD, ["python", "-m", "distlm.cli", *arguments])
+
+
+def _request(config: RunConfig, header: Sequence[str], objects: list[Manifest]) -> KubernetesRequest:
+    settings = config.kubernetes
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header)
+    command = ["kubectl", "apply", "-f", "-"]
+    if settings.context:
+        command.insert(1, f"--context={settings.context}")
+    return KubernetesRequest(
+        tuple(command), comment + to_yaml(objects), tuple(objects), settings.context, settings.namespace,
+        tuple(config.env),
+    )  # fmt: skip
+
+
+def _known_folder(run: RunFolder) -> str | None:
+    """The run's folder in the pods of an earlier attempt."""
+    for attempt in reversed(run.attempts()):
+        if (job := Job.read(attempt)) is not None and job.target == "kubernetes" and job.folder:
+            return job.folder
+    return None
+
+
+def _api_and_name(job: Job) -> tuple[KubernetesApi, str]:
+    namespace, _, name = job.id.partition("/")
+    return KubernetesApi.connect(job.address or None, namespace), name
+
+
+def _create(api: KubernetesApi, manifest: Manifest) -> tuple[dict[str, Any], bool]:
+    """The object, and whether it is new: ours may be there already, where a connection broke after it was made. Raises
+    AlreadyThereError for a RayJob of something else."""
+    try:
+        return api.create(manifest), True
+    except AlreadyThereError:
+        there = api.get(manifest["kind"], manifest["metadata"]["name"])
+        ours, theirs = (one["metadata"].get("annotations") or {} for one in (manifest, there))
+        if ours.items() <= theirs.items():
+            return there, False
+        raise
+
+
+def _with_values(manifest: Manifest, env: Sequence[str]) -> Manifest:
+    """A Secret with the values that its variables have here."""
+    if manifest["kind"] != "Secret":
+        return manifest
+    return {**manifest, "stringData": {name: os.environ[name] for name in env if name in os.environ}}
+
+
+# --- what is wrong with a config ------------------------------------------------------------------------------------
+
+
+def _check_image(image: str | None) -> Iterator[Problem]:
+    if image is None:
+        yield Problem("give the image that has distlm, such as registry/distlm:0.1.0", "kubernetes.image")
+    elif "@" not in image:
+        name, _, tag = image.rpartition("/")[2].partition(":")
+        if not name or tag in ("", "latest"):
+            message = "give it by a tag that says which one it is, or by digest: nodes keep what they call latest"
+            yield Problem(message, "kubernetes.image", image)
+    if image is not None and not re.fullmatch(r"[A-Za-z0-9._/:@-]+", image):
+        yield Problem("is no name of an image", "kubernetes.image", image)
+
+
+def _check_pods(config: RunConfig) -> Iterator[Problem]:
+    settings, resources = config.kubernetes, config.resources
+    worker = settings.worker
+    yield from check_hosts(
+        config,
+        Hosts(
+            "pod", "kubernetes.worker_pods", settings.worker_pods, "kubernetes.worker.gpus", worker.gpus,
+            "kubernetes.worker.cpus", worker.cpus,
+        ),
+    )  # fmt: skip
+    for kind, pod in (("head", settings.head), ("worker", worker)):
+        if pod.memory_gib <= settings.shared_memory_gib:
+            message = (
+                f"kubernetes.shared_memory_gib = {settings.shared_memory_gib:g} is a part of it, and it needs more"
+            )
+            yield Problem(message, f"kubernetes.{kind}.memory_gib", f"{pod.memory_gib:g}")
+    deadline_s = settings.active_deadline_s
+    if deadline_s is not None and deadline_s < resources.time_to_save_s + _START_S:
+        message = (
+            f"nothing could be trained: pods and workers need about {_START_S} s to start, and "
+            f"resources.time_to_save_s = {resources.time_to_save_s:g} s to save"
+        )
+        yield Problem(message, "kubernetes.active_deadline_s", str(deadline_s))
+
+
+def _check_places(config: RunConfig) -> Iterator[Problem]:
+    """The run's folder has to be on the storage that the pods share."""
+    settings = config.kubernetes
+    mount_path, runs_dir = PurePosixPath(settings.storage.mount_path), PurePosixPath(config.runs_dir)
+    mounts = [mount_path, *_further_mounts(settings.pod_template)]
+    if ".." in runs_dir.parts:
+        yield Problem("leads out of the pods' storage", "runs_dir", str(runs_dir))
+    elif runs_dir.is_absolute() and not any(map(runs_dir.is_relative_to, mounts)):
+        message = f"is on no storage of the pods, which is at {', '.join(map(str, mounts))} (kubernetes.storage)"
+        yield Problem(message, "runs_dir", str(runs_dir))
+
+
+def _further_mounts(pod_template: Manifest) -> Iterator[PurePosixPath]:
+    """Where the template for all pods mounts something."""
+    for container in (pod_template.get("spec") or {}).get("containers") or ():
+        for mount in container.get("volumeMounts") or ():
+            if "mountPath" in mount:
+                yield PurePosixPath(mount["mountPath"])

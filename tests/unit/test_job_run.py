@@ -1,0 +1,205 @@
+"""Which run and which attempt a job goes on with that carries its files, or that its target begins again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from made_runs import CONFIG, end, held_lease, make_attempt, make_run
+
+from distlm.config.attempt import Attempt, load_attempt
+from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.job_run import JobName, changes_by_config, final_code, next_attempt, run_of_config, run_of_files
+from distlm.launchers.base import Job
+from distlm.launchers.carried import RESULT_PREFIX, carried_files, known_newest_step, result_line
+from distlm.launchers.ray import RayLauncher
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
+
+NAME = JobName("kubernetes", "distlm/distlm-tiny")
+
+
+def save(run: RunFolder, step: int) -> None:
+    (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+
+
+def begin(run: RunFolder, attempt: AttemptFolder, name: JobName = NAME) -> None:
+    """As far as to its controller."""
+    steps = [int(path.name[5:]) for path in run.checkpoints.glob("step-*")]
+    Job(name.target, name.id, from_step=max(steps, default=0)).write(attempt)
+    write_json(attempt.handle_json, {"host": "head", "pid": 1, "temporary_root": ""})
+
+
+def following(run: RunFolder, max_starts: int = 3) -> AttemptFolder:
+    return next_attempt(run, NAME, RayLauncher().check, "the head was lost", (), lambda _: max_starts)
+
+
+# --- files that travel -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> RunFolder:
+    """The run where it was sent from."""
+    run = make_run(tmp_path / "of-the-client")
+    make_attempt(run, "training.save_steps=7")
+    return run
+
+
+@pytest.fixture
+def there(tmp_path: Path, sent: RunFolder) -> Path:
+    """The run's folder on the cluster."""
+    return tmp_path / "of-the-cluster" / sent.run_id
+
+
+def test_the_run_and_its_attempt_are_made(sent: RunFolder, there: Path) -> None:
+    run = run_of_files(there, carried_files(sent, "/storage"), NAME)
+    (attempt,) = run.attempts()
+    assert load_attempt(run, attempt).config.training.save_steps == 7
+    assert Attempt.read(attempt).working_directory == "/storage"
+    assert following(run) == attempt
+
+
+def test_who_sees_the_same_folder_needs_nothing_made(sent: RunFolder) -> None:
+    before = sorted(sent.path.rglob("*"))
+    assert run_of_files(sent.path, carried_files(sent), NAME) == sent
+    assert len(sent.attempts()) == 1 and set(before) <= set(sent.path.rglob("*"))
+
+
+def test_a_job_that_begins_again_gets_no_attempt_of_its_files(sent: RunFolder, there: Path) -> None:
+    files = carried_files(sent)
+    run = run_of_files(there, files, NAME)
+    begin(run, run.attempts()[0])
+    end(run.attempts()[0], ExitCode.PREEMPTED)
+    run_of_files(there, files, NAME)
+    assert len(run.attempts()) == 1 and following(run).number == 2
+
+
+def test_a_later_job_gets_an_attempt_after_those_that_were_made_there(sent: RunFolder, there: Path) -> None:
+    """The first job had two attempts there, and its sender knows of one."""
+    run = run_of_files(there, carried_files(sent), NAME)
+    begin(run, run.attempts()[0])
+    second = following(run)
+    begin(run, second)
+    end(second, ExitCode.PREEMPTED)
+    end(sent.attempts()[0], ExitCode.PREEMPTED)
+    make_attempt(sent, "training.max_steps=200")
+    later = JobName("kubernetes", "distlm/distlm-tiny-002")
+    run_of_files(there, carried_files(sent), later)
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 3]
+    assert final_code(run) is None
+    assert load_attempt(run, run.attempts()[-1]).config.training.max_steps == 200
+
+
+def test_an_attempt_of_a_job_that_has_vanished_is_ended(sent: RunFolder, there: Path) -> None:
+    run = run_of_files(there, carried_files(sent), NAME)
+    begin(run, run.attempts()[0])
+    run_of_files(there, carried_files(sent), JobName("kubernetes", "distlm/another"))
+    assert read_json(run.attempts()[0].result_json)["exit_code"] == ExitCode.INFRASTRUCTURE
+    assert len(run.attempts()) == 2
+
+
+def test_a_run_that_is_trained_there_is_left_alone(
+    sent: RunFolder, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distlm.job_run._LEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("distlm.job_run._LEASE_INTERVAL_S", 0.1)
+    run = run_of_files(there, carried_files(sent), NAME)
+    begin(run, run.attempts()[0])
+    with held_lease(run), pytest.raises(InputError, match="is being trained by process"):
+        run_of_files(there, carried_files(sent), JobName("kubernetes", "distlm/another"))
+    assert len(run.attempts()) == 1
+
+
+def test_a_run_with_steps_does_not_begin_anew_on_other_storage(sent: RunFolder, there: Path) -> None:
+    save(sent, 40)
+    with pytest.raises(InputError, match="was sent with step 40 saved, which is not in"):
+        run_of_files(there, carried_files(sent), NAME)
+    save(RunFolder(there), 40)
+    assert run_of_files(there, carried_files(sent), NAME).attempts()
+
+
+def test_steps_that_are_out_of_sight_are_known_by_the_result(sent: RunFolder, there: Path) -> None:
+    run = run_of_files(there, carried_files(sent), NAME)
+    save(run, 30)
+    end(run.attempts()[0], ExitCode.PREEMPTED, "stopped")
+    told = json.loads(result_line(run).removeprefix(RESULT_PREFIX))
+    assert (told["exit_code"], told["message"]) == (ExitCode.PREEMPTED, "stopped")
+    write_json(sent.attempts()[0].result_json, told)
+    assert known_newest_step(sent) == 30
+    assert carried_files(sent)["newest_step"] == "30"
+
+
+# --- a config --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.yml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_a_job_of_the_same_name_has_one_run(config_file: Path) -> None:
+    run = run_of_config(config_file, [], NAME, may_have_begun=True)
+    begin(run, run.attempts()[0])
+    assert run_of_config(config_file, [], NAME, may_have_begun=True) == run
+    assert changes_by_config(run, config_file, [], NAME) == []
+    assert run_of_config(config_file, [], JobName("kubernetes", "distlm/other"), may_have_begun=True) != run
+
+
+def test_what_the_config_says_otherwise_comes_with_the_next_attempt(config_file: Path) -> None:
+    run = run_of_config(config_file, [], NAME, may_have_begun=True)
+    begin(run, run.attempts()[0])
+    changes = changes_by_config(run, config_file, ["training.max_steps=300", "kubernetes.worker_pods=2"], NAME)
+    assert changes == ["training.max_steps=300", "kubernetes.worker_pods=2"]
+    attempt = next_attempt(run, NAME, RayLauncher().check, "lost", changes)
+    assert load_attempt(run, attempt).config.training.max_steps == 300
+    assert changes_by_config(run, config_file, changes, NAME) == []
+
+
+def test_a_config_of_another_run_is_refused(config_file: Path) -> None:
+    """Even where the first one has succeeded: to say so would be to say that this one was trained."""
+    run = run_of_config(config_file, [], NAME, may_have_begun=True)
+    end(run.attempts()[0], ExitCode.SUCCEEDED)
+    with pytest.raises(InputError, match=r"seed: cannot be changed on resume[\s\S]*give it another name"):
+        changes_by_config(run, config_file, ["seed=7"], NAME)
+
+
+def test_a_reference_to_another_run_stays_the_one_that_was_found(config_file: Path) -> None:
+    run = run_of_config(config_file, [], NAME, may_have_begun=True)
+    overrides = ["model={name_or_path: run:tiny}"]
+    assert not any("name_or_path" in change for change in changes_by_config_or_none(run, config_file, overrides))
+
+
+def changes_by_config_or_none(run: RunFolder, config: Path, overrides: list[str]) -> list[str]:
+    try:
+        return changes_by_config(run, config, overrides, NAME)
+    except InputError as error:
+        return [problem.key for problem in error.problems]
+
+
+# --- starts in vain --------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_saves_nothing_in_its_starts_ends(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", resources={"num_workers": 2, "target": "kubernetes"})
+    save(run, 10)
+    make_attempt(run)
+    for number in (1, 2):
+        begin(run, run.attempts()[-1])
+        assert following(run).number == number + 1
+    begin(run, run.attempts()[-1])
+    with pytest.raises(InfrastructureError, match="no step was saved in 3 starts"):
+        following(run)
+    assert [read_json(one.result_json)["exit_code"] for one in run.attempts()] == [3, 3, 3]
+
+
+def test_a_step_that_was_saved_gives_all_starts_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", resources={"num_workers": 2, "target": "kubernetes"})
+    make_attempt(run)
+    for number in range(1, 8):
+        begin(run, run.attempts()[-1])
+        save(run, number)
+        assert following(run).number == number + 1
