@@ -27,7 +27,7 @@ from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, 
 from distlm.run_status import run_status
 from distlm.view.ending import command, ending, next_steps
 
-_LOOK_INTERVAL_S = 0.2
+_LOOK_INTERVAL_S, _ASK_INTERVAL_S = 0.2, 1.0
 _SIGN_OF_LIFE_S = 10.0
 """In which a controller that sees the run's folder has written there who it is."""
 
@@ -72,9 +72,10 @@ def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool) ->
     """The controller of a job may not see this folder: then its target ends it, and how it has ended is found out from
     there. When to look again."""
     job = find_job(run)
-    if job is not None and job.is_alive and not is_there(attempt.handle_json):
-        job.cancel(saves=saves)
-    return time.monotonic() + _SIGN_OF_LIFE_S
+    if job is None or not job.is_alive or is_there(attempt.handle_json):
+        return time.monotonic() + _SIGN_OF_LIFE_S
+    job.cancel(saves=saves)
+    return time.monotonic() + (_ASK_INTERVAL_S if job.is_elsewhere(run) else _SIGN_OF_LIFE_S)
 
 
 def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:

@@ -6,6 +6,7 @@ The client is imported where it is used: `pip install 'distlm[kubernetes]'`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ class _Kind:
     api: str
     method: str
     arguments: Mapping[str, str] = field(default_factory=dict)
+    get: str = "read"
+    """Its verb for that."""
 
 
 def _of_ray(plural: str) -> _Kind:
     arguments = {"group": "ray.io", "version": "v1", "plural": plural}
-    return _Kind("CustomObjectsApi", "{verb}_namespaced_custom_object", arguments)
+    return _Kind("CustomObjectsApi", "{verb}_namespaced_custom_object", arguments, "get")
 
 
 _KINDS = {
@@ -41,6 +44,7 @@ _KINDS = {
 _NUM_TRIES, _PAUSE_FACTOR_S = 5, 0.5
 _TIMEOUT_S = (5.0, 30.0)
 """To connect, and for an answer."""
+_HANDSHAKE = re.compile(r"Handshake status (\d+).*-\+-\+- (.*)", re.DOTALL)
 _INSTALL_KUBERAY = "install KubeRay's operator, with its CRDs, as docs/kubernetes.md says"
 _NEEDED_RIGHTS = "the rights that it needs are those of the Role in k8s/20-rbac.yaml"
 
@@ -140,7 +144,7 @@ class KubernetesApi:
     def get(self, kind: str, name: str) -> dict[str, Any]:
         """Raises NotThereError, or DistlmError in the API's words."""
         with self._words(f"the {kind} {name}"):
-            found: dict[str, Any] = self._call("get", kind, name=name)
+            found: dict[str, Any] = self._call(_KINDS[kind].get, kind, name=name)
         return found
 
     def _call(self, verb: str, kind: str, **options: Any) -> Any:
@@ -233,7 +237,8 @@ class KubernetesApi:
         try:
             yield
         except ApiException as error:
-            raise _refusal(error.status, _message(error), what, self.namespace) from None
+            status, message = _answer(error)
+            raise _refusal(status, message, what, self.namespace) from None
         except (HTTPError, OSError) as error:
             host = self._client.configuration.host
             raise InfrastructureError(f"the Kubernetes API at {host} does not answer: {_cause(error)}") from None
@@ -252,14 +257,12 @@ def _patient(configuration: Any) -> Any:
     return client.ApiClient(configuration)
 
 
-def _refusal(status: int | None, message: str, what: str, namespace: str) -> DistlmError:
+def _refusal(status: int, message: str, what: str, namespace: str) -> DistlmError:
     """Of the API's code and words."""
     said = f"{what}: {message}"
     match status:
         case 401:
-            return InputError(
-                f"{said}; the credentials of the kubeconfig are not accepted: log in to the cluster again"
-            )
+            return InputError(f"{said}; the kubeconfig's credentials are not accepted: log in to the cluster again")
         case 403 if "exceeded quota" in message:
             return InputError(f"{said}; use fewer or smaller pods, or have the quota raised")
         case 403:
@@ -277,12 +280,15 @@ def _refusal(status: int | None, message: str, what: str, namespace: str) -> Dis
     return InfrastructureError(said)
 
 
-def _message(error: Any) -> str:
-    """What the API says, in one line."""
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body or ""
-    with suppress(ValueError, AttributeError, TypeError):
+def _answer(error: Any) -> tuple[int, str]:
+    """The API's code, and what it says, in one line."""
+    code, body = error.status or 0, error.body or ""
+    if found := _HANDSHAKE.match(error.reason or ""):  # of a WebSocket, which the client tells in another way
+        code, body = int(found[1]), found[2]
+    body = body.decode(errors="replace") if isinstance(body, bytes) else body
+    with suppress(ValueError, KeyError, TypeError):
         body = json.loads(body)["message"]
-    return " ".join(str(body or error.reason or f"status {error.status}").split())
+    return code, " ".join(str(body or error.reason or f"status {code}").split())
 
 
 def _cause(error: BaseException) -> str:

@@ -1,0 +1,401 @@
+"""Target kubernetes against a server that speaks as the real one: what is made there, what is told of it, and what
+becomes of refusals and broken connections."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kube_api import NAMESPACE, KubeApi
+from made_runs import clean_environment as environment
+from made_runs import distlm, end, make_run
+
+from distlm.config.attempt import begin_attempt
+from distlm.config.load import load_tree
+from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.launchers.base import Job, JobState
+from distlm.launchers.carried import RESULT_PREFIX
+from distlm.launchers.kubernetes import KubernetesLauncher, KubernetesRequest
+from distlm.run_folder import RunFolder, read_json
+
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"config": {"model_type": "bert"}},
+    "tokenizer": {"train": {"vocab_size": 1000}},
+    "data": {"train": [{"source": "python-docs"}]},
+    "training": {"max_steps": 100},
+    "resources": {"num_workers": 2, "target": "kubernetes"},
+    "kubernetes": {"image": "distlm:0.1.0-cpu", "worker_pods": 2},
+    "env": ["SECRET_OF_MINE"],
+}
+OWNED = ("configmaps", "secrets", "networkpolicies")
+RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "c"}
+FAILED = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 75"}
+PREEMPTED = {
+    "state": "preempted", "exit_code": 75, "message": "stopped after step 40, which is saved", "cause": "preemption",
+    "problems": [], "log": "x", "needs_new_attempt": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
+    with KubeApi() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        monkeypatch.setenv("SECRET_OF_MINE", "hunter2-hunter2")
+        yield api
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = make_run(tmp_path / "runs", **{key: CONFIG[key] for key in ("resources", "kubernetes", "env")})
+    begin_attempt(load_tree(CONFIG), run, [])
+    return run
+
+
+def built(run: RunFolder, **settings: Any) -> KubernetesRequest:
+    config = load_tree({**CONFIG, "kubernetes": {**CONFIG["kubernetes"], **settings}}).config
+    return KubernetesLauncher().build(config, run)
+
+
+def sent(run: RunFolder, **settings: Any) -> Job:
+    job = KubernetesLauncher().submit(built(run, **settings), Path("/"))
+    job.write(run.attempts()[-1])
+    return job
+
+
+def name_of(job: Job) -> str:
+    return job.id.partition("/")[2]
+
+
+def add_pod(api: KubeApi, job: Job, component: str, name: str, **status: Any) -> None:
+    labels = {"app.kubernetes.io/instance": name_of(job), "app.kubernetes.io/component": component}
+    container = {"submitter": "ray-job-submitter"}.get(component, f"ray-{component}")
+    spec = {"nodeName": "node-1", "containers": [{"name": container, "image": "distlm:0.1.0-cpu"}]}
+    api.create("pods", {"metadata": {"name": name, "labels": labels}, "spec": spec, "status": status})
+
+
+# --- what is made ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_ray_job_and_what_it_owns(api: KubeApi, run: RunFolder) -> None:
+    job = sent(run)
+    name = f"distlm-{run.run_id}-001"
+    assert job == Job("kubernetes", f"{NAMESPACE}/{name}", address="test", folder=f"/storage/runs/{run.run_id}")
+    ray_job = api.object("rayjobs", name)
+    assert ray_job["spec"]["entrypoint"] == f"python -m distlm.ray_job /storage/runs/{run.run_id}"
+    for resource in OWNED:
+        (owner,) = api.object(resource, name)["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["uid"]) == ("RayJob", ray_job["metadata"]["uid"])
+    files = api.object("configmaps", name)["data"]
+    assert {*files} == {"run.yaml", "attempt.yaml", "newest_step"}
+    assert files["run.yaml"] == run.run_yaml.read_text()
+    assert "hunter2" not in json.dumps([ray_job, files, str(built(run))])
+    assert api.object("secrets", name)["data"]["SECRET_OF_MINE"] == "aHVudGVyMi1odW50ZXIy"
+    api.delete("rayjobs", name)
+    assert not [
+        api.objects(resource) for resource in ("configmaps", "secrets", "networkpolicies") if api.objects(resource)
+    ]
+
+
+def test_what_was_made_goes_with_what_was_refused(api: KubeApi, run: RunFolder) -> None:
+    api.exceed_quota("rayjobs")
+    with pytest.raises(InputError, match=r"exceeded quota.*; use fewer or smaller pods, or have the quota raised"):
+        sent(run)
+    assert [api.objects(resource) for resource in (*OWNED, "rayjobs")] == [[]] * 4
+
+
+def test_the_same_attempt_is_sent_once(api: KubeApi, run: RunFolder) -> None:
+    first, second = sent(run), sent(run)
+    assert first == second and len(api.objects("rayjobs")) == len(api.objects("configmaps")) == 1
+
+
+def test_a_ray_job_of_something_else_is_left_alone(api: KubeApi, run: RunFolder) -> None:
+    other = {**built(run).ray_job}
+    other["metadata"] = {"name": other["metadata"]["name"], "annotations": {"distlm/run-folder": "/elsewhere"}}
+    api.create("rayjobs", other)
+    with pytest.raises(InputError, match="already exists"):
+        sent(run)
+    assert api.objects("configmaps") == [] and len(api.objects("rayjobs")) == 1
+
+
+@pytest.mark.parametrize("fault", ["drop", "drop_after"])
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_a_connection_that_breaks_makes_nothing_twice(api: KubeApi, run: RunFolder, fault: str, method: str) -> None:
+    getattr(api, fault)(2, method=method)
+    job = sent(run)
+    assert len(api.objects("rayjobs")) == 1
+    assert api.object("configmaps", name_of(job))["metadata"]["ownerReferences"]
+
+
+def test_an_api_that_is_busy_is_asked_again(api: KubeApi, run: RunFolder) -> None:
+    api.throttle(2, retry_after_s=1)
+    job = sent(run)
+    assert KubernetesLauncher().status(job).state == JobState.SUBMITTED
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource", "text"),
+    [
+        ("create", "rayjobs", r'cannot create resource "rayjobs" .*the Role in k8s/20-rbac.yaml'),
+        ("create", "configmaps", r'cannot create resource "configmaps" .*the Role in k8s/20-rbac.yaml'),
+        ("patch", "secrets", r'cannot patch resource "secrets" .*the Role in k8s/20-rbac.yaml'),
+    ],
+)
+def test_rights_that_are_missing_are_told(api: KubeApi, run: RunFolder, verb: str, resource: str, text: str) -> None:
+    api.forbid(verb, resource)
+    with pytest.raises(InputError, match=text):
+        sent(run)
+
+
+def test_a_cluster_without_kuberay_is_told(api: KubeApi, run: RunFolder) -> None:
+    api.without_kuberay()
+    with pytest.raises(InputError, match="does not know RayJobs; install KubeRay's operator"):
+        sent(run)
+    assert api.objects("configmaps") == []
+
+
+def test_a_namespace_that_is_not_there_is_told(api: KubeApi, run: RunFolder) -> None:
+    with pytest.raises(InputError, match=r'namespaces "nowhere" not found; set kubernetes\.namespace'):
+        sent(run, namespace="nowhere")
+
+
+def test_what_the_schema_refuses_is_told(api: KubeApi, run: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"strict decoding error: unknown field .*nodeSelektor"):
+        sent(run, pod_template={"spec": {"nodeSelektor": {}}})
+    with pytest.raises(InputError, match=r"is invalid: .*hostNetwork"):
+        sent(run, pod_template={"spec": {"hostNetwork": "yes"}})
+
+
+def test_a_context_that_is_not_there_is_told(api: KubeApi, run: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"kubernetes\.context = other: the kubeconfig has no such one; it has test"):
+        sent(run, context="other")
+
+
+def test_without_a_cluster_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
+    missing = str(tmp_path / "missing")
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
+    with pytest.raises(InputError, match="no cluster is known here"):
+        sent(run)
+
+
+def test_a_token_that_is_not_accepted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
+    with KubeApi(token="right") as api:
+        path = api.kubeconfig(tmp_path / "kubeconfig")
+        path.write_text(path.read_text().replace("right", "wrong"))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+        with pytest.raises(InputError, match="the kubeconfig's credentials are not accepted"):
+            sent(run)
+
+
+def test_an_api_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
+    monkeypatch.setattr("distlm.launchers.kubernetes_api._PAUSE_FACTOR_S", 0.01)
+    with KubeApi() as api:
+        path, url = api.kubeconfig(tmp_path / "kubeconfig"), api.url
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    with pytest.raises(InfrastructureError, match=f"the Kubernetes API at {re.escape(url)} does not answer: .*refused"):
+        sent(run)
+    status = KubernetesLauncher().status(Job("kubernetes", "distlm/distlm-a", address="test"))
+    assert status.state == JobState.UNKNOWN and "does not answer" in status.reason
+
+
+# --- how it stands ---------------------------------------------------------------------------------------------------
+
+
+def test_the_life_of_a_run(api: KubeApi, run: RunFolder) -> None:
+    launcher, job = KubernetesLauncher(), sent(run)
+    name = name_of(job)
+
+    def now(**status: Any) -> str:
+        api.set_status("rayjobs", name, status)
+        return str(launcher.status(job))
+
+    assert now(jobDeploymentStatus="Initializing", rayClusterName="c") == "pending (Initializing)"
+    api.create(
+        "rayclusters", {"metadata": {"name": "c"}, "spec": api.object("rayjobs", name)["spec"]["rayClusterSpec"]}
+    )
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    add_pod(api, job, "worker", "w-1", phase="Pending", conditions=[condition])
+    assert now() == f"pending (Initializing): worker pod w-1 cannot be placed: {message}"
+    api.set_status("pods", "w-1", {"phase": "Running", "conditions": []})
+    assert now(jobDeploymentStatus="Running", jobStatus="PENDING") == "pending (Running/PENDING)"
+    assert now(jobStatus="RUNNING") == "running (Running/RUNNING)"
+    ended = {"name": "ray-worker", "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+    ended |= {"ready": True, "restartCount": 1, "image": "i", "imageID": "i"}
+    api.set_status("pods", "w-1", {"containerStatuses": [ended]})
+    assert "worker pod w-1 ran out of memory (OOMKilled)" in now()
+    api.set_status("pods", "w-1", {"containerStatuses": []})
+    assert now(jobDeploymentStatus="Retrying", failed=1) == (
+        "pending (Retrying/RUNNING): it goes on with new pods (retry 1 of 3)"
+    )
+    assert now(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED") == "succeeded (Complete/SUCCEEDED)"
+    api.delete("rayjobs", name)
+    assert launcher.status(job).state == JobState.CANCELLED
+
+
+def test_a_warning_about_a_volume_is_told(api: KubeApi, run: RunFolder) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), {"jobDeploymentStatus": "Initializing"})
+    add_pod(api, job, "head", "h-1", phase="Pending")
+    about = {"kind": "Pod", "name": "h-1", "namespace": NAMESPACE, "uid": api.object("pods", "h-1")["metadata"]["uid"]}
+    event = {"metadata": {"name": "e"}, "type": "Warning", "reason": "FailedMount", "message": "no such volume"}
+    api.create("events", {**event, "involvedObject": about})
+    assert "head pod h-1 does not start (FailedMount): no such volume" in str(KubernetesLauncher().status(job))
+    api.forbid("list", "events")
+    assert str(KubernetesLauncher().status(job)) == "pending (Initializing)", "what may not be seen is not told"
+
+
+def test_the_output_is_that_of_the_newest_submitter(api: KubeApi, run: RunFolder) -> None:
+    launcher, job = KubernetesLauncher(), sent(run)
+    assert launcher.output(job, run) == ""
+    add_pod(api, job, "submitter", "s-1", phase="Running")
+    assert launcher.output(job, run) == "", "there is no kubelet yet"
+    api.set_log(NAMESPACE, "s-1", "sent to Ray\nstep 1/100 ä\n")
+    assert launcher.output(job, run) == "sent to Ray\nstep 1/100 ä\n"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(api: KubeApi, tmp_path: Path) -> Any:
+    """Runs a command of distlm where the cluster is known."""
+    (tmp_path / "run.yaml").write_text(json.dumps(CONFIG))
+    env = environment(tmp_path, KUBECONFIG=os.environ["KUBECONFIG"], SECRET_OF_MINE="hunter2-hunter2")
+    return lambda *arguments: distlm(*arguments, cwd=tmp_path, env=env)
+
+
+def test_submit_status_and_resume(api: KubeApi, cli: Any, tmp_path: Path) -> None:
+    done = cli("submit", "run.yaml", "--detach")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    (path,) = (tmp_path / "runs").iterdir()
+    run, name = RunFolder(path), f"distlm-{path.name}-001"
+    assert f"kubernetes job distlm/{name}: submitted" in done.stdout
+    refused = cli("resume", "last")
+    assert refused.returncode == ExitCode.BAD_INPUT and "has a job already" in refused.stderr
+    api.set_status("rayjobs", name, RUNNING)
+    assert json.loads(cli("status", "last", "--json").stdout)["state"] == "running"
+
+    result = {
+        "state": "preempted",
+        "exit_code": 75,
+        "message": "stopped after step 40, which is saved",
+        "newest_step": 40,
+    }
+    result |= {"cause": "preemption", "problems": [], "log": "x", "needs_new_attempt": False}
+    add_pod(api, Job("kubernetes", f"distlm/{name}"), "submitter", "s-1", phase="Succeeded")
+    api.set_log(NAMESPACE, "s-1", f"step 40/100\n{RESULT_PREFIX}{json.dumps(result)}\n")
+    api.set_status("rayjobs", name, FAILED)
+    told = json.loads(cli("status", "last", "--json").stdout)
+    assert told["state"] == "preempted" and told["attempts"][0]["exit_code"] == 75
+    assert read_json(run.attempts()[0].result_json)["newest_step"] == 40
+    assert run.attempts()[0].output_log.read_text() == "step 40/100\n"
+
+    here = cli("resume", "last", "--target", "local")
+    assert here.returncode == ExitCode.BAD_INPUT and "with step 40 as the newest, are not here" in here.stderr
+    again = cli("resume", "last", "--detach")
+    assert again.returncode == 0, (again.stdout, again.stderr)
+    second = api.object("rayjobs", f"distlm-{path.name}-002")
+    assert second["metadata"]["annotations"]["distlm/run-folder"] == f"/storage/runs/{path.name}"
+    assert api.object("configmaps", f"distlm-{path.name}-002")["data"]["newest_step"] == "40"
+
+
+def test_a_run_is_cancelled_in_its_head_pod(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    add_pod(api, job, "head", "h-1", phase="Running")
+    add_pod(api, job, "submitter", "s-1", phase="Running")
+    asked: list[list[str]] = []
+
+    def in_head_pod(pod: str, command: list[str]) -> tuple[str, int]:
+        asked.append(command)
+        result = {"state": "preempted", "exit_code": 75, "message": "stopped", "cause": "preemption", "log": "x"}
+        api.set_log(NAMESPACE, "s-1", RESULT_PREFIX + json.dumps({**result, "problems": [], "newest_step": 8}) + "\n")
+        failed = {
+            "jobDeploymentStatus": "Failed",
+            "jobStatus": "FAILED",
+            "reason": "AppFailed",
+            "message": "exit code 75",
+        }
+        api.set_status("rayjobs", name_of(job), failed)
+        return "ended\n", 0
+
+    api.on_exec(in_head_pod)
+    done = cli("cancel", "last", "--checkpoint")
+    assert done.returncode == 0 and "preempted" in done.stdout, (done.stdout, done.stderr)
+    assert asked == [["python", "-m", "distlm.cli", "cancel", job.folder, "--checkpoint"]]
+    assert api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] == 0, "KubeRay is not to begin again"
+
+
+def test_without_a_head_pod_to_ask_the_ray_job_is_deleted(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    done = cli("cancel", "last")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert api.objects("rayjobs") == [] and api.objects("configmaps") == []
+    assert read_json(run.attempts()[0].result_json)["exit_code"] == ExitCode.CANCELLED
+
+
+def test_a_run_that_waits_is_taken_away(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), {"jobDeploymentStatus": "Initializing"})
+    done = cli("cancel", "last")
+    assert done.returncode == 0 and "is taken from the queue" in done.stdout, (done.stdout, done.stderr)
+    assert api.objects("rayjobs") == []
+
+
+def test_the_log_of_a_rank_comes_from_the_head_pod(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    none = cli("logs", "last", "--rank", "1")
+    assert none.returncode == ExitCode.BAD_INPUT and "has no head pod that runs" in none.stderr
+    add_pod(api, job, "head", "h-1", phase="Running")
+    without = cli("logs", "last", "--rank", "1")
+    assert without.returncode != 0 and "in the pod h-1" in without.stderr, "no kubelet"
+    api.on_exec(lambda pod, command: (" ".join([pod, *command[3:]]) + "\n", 0))
+    assert cli("logs", "last", "--rank", "1").stdout == f"h-1 logs {job.folder} --rank=1\n"
+    api.on_exec(lambda pod, command: ("", 2))
+    failed = cli("logs", "last", "--rank", "7", "-f")
+    assert failed.returncode == ExitCode.INFRASTRUCTURE and "exit code 2" in failed.stderr
+    api.forbid("get", "pods/exec")
+    refused = cli("logs", "last", "--rank", "1")
+    assert refused.returncode == ExitCode.BAD_INPUT and 'resource "pods/exec"' in refused.stderr
+
+
+def test_a_deleted_run_that_has_ended_keeps_its_result(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    job = sent(run)
+    end(run.attempts()[0], ExitCode.SUCCEEDED)
+    api.delete("rayjobs", name_of(job))
+    assert json.loads(cli("status", "last", "--json").stdout)["state"] == "succeeded"
+
+
+def test_a_request_that_cannot_be_sent_leaves_a_result(api: KubeApi, cli: Any, tmp_path: Path) -> None:
+    api.without_kuberay()
+    done = cli("submit", "run.yaml")
+    assert done.returncode == ExitCode.BAD_INPUT and "install KubeRay" in done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    assert read_json(RunFolder(path).attempts()[0].result_json)["exit_code"] == ExitCode.BAD_INPUT
+
+
+@pytest.mark.parametrize("num_drops", [3, 6, 7])
+def test_an_api_that_breaks_off_again_and_again(
+    api: KubeApi, run: RunFolder, monkeypatch: pytest.MonkeyPatch, num_drops: int
+) -> None:
+    """It is asked six times, each time."""
+    monkeypatch.setattr("distlm.launchers.kubernetes_api._PAUSE_FACTOR_S", 0.01)
+    api.drop(num_drops)
+    if num_drops < 6:
+        sent(run)
+    else:
+        with pytest.raises(InfrastructureError, match="does not answer"):
+            sent(run)
+    assert len(api.objects("rayjobs")) == (num_drops < 6)
