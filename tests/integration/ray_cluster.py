@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,18 @@ class RayCluster:
         host: Host | None = None,
         dashboard_port: int | None = None,
         packages: Path | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         """The head has `num_cpus`, and is on `host` or on this machine. The folder's path is short, as Ray needs it.
-        `dashboard_port`: of its Jobs API; None: it has none. `packages`: a folder with those that this one needs."""
+        `dashboard_port`: of its Jobs API; None: it has none. `packages`: a folder with those that this one needs.
+        `environ`: further variables of all nodes."""
         self._folder = folder
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environ |= {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(folder),
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0", "HOME": str(folder),
         }  # fmt: skip
+        self.environ |= environ or {}
         if packages is not None:
             self.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(packages))))
         self._num_nodes = 0
