@@ -668,6 +668,8 @@ class PodResources(Section):
     """CPUs."""
     memory_gib: PositiveFloat = 4.0
     """Memory in GiB, that of /dev/shm included."""
+    shared_memory_gib: PositiveFloat = 1.0
+    """Size of /dev/shm in GiB, for Ray, and for NCCL where a pod has several GPUs."""
 
 
 class WorkerPodResources(PodResources):
@@ -710,8 +712,6 @@ class KubernetesConfig(Section):
     """The pod of the controller, which prepares the data, too."""
     worker: WorkerPodResources = WorkerPodResources()
     """The pods of the workers."""
-    shared_memory_gib: PositiveFloat = 1.0
-    """Size of /dev/shm in each of these pods in GiB: for Ray, and for NCCL where a pod has several GPUs."""
     storage: KubernetesStorage = KubernetesStorage()
     """Shared storage."""
     env: Annotated[dict[str, str], AfterValidator(_environment)] = {}

@@ -231,10 +231,8 @@ def _check_pods(config: RunConfig) -> Iterator[Problem]:
         ),
     )  # fmt: skip
     for kind, pod in (("head", settings.head), ("worker", worker)):
-        if pod.memory_gib <= settings.shared_memory_gib:
-            message = (
-                f"kubernetes.shared_memory_gib = {settings.shared_memory_gib:g} is a part of it, and it needs more"
-            )
+        if pod.memory_gib <= pod.shared_memory_gib:
+            message = f"shared_memory_gib = {pod.shared_memory_gib:g} is a part of it; give it more"
             yield Problem(message, f"kubernetes.{kind}.memory_gib", f"{pod.memory_gib:g}")
     deadline_s = settings.active_deadline_s
     if deadline_s is not None and deadline_s < resources.time_to_save_s + _START_S:

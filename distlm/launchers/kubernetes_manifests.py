@@ -209,7 +209,7 @@ class _Run:
             {"name": "dashboard", "containerPort": _DASHBOARD_PORT},
         ]
         container["volumeMounts"].append({"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True})
-        template = self._pod("head", container, self._ray_volumes())
+        template = self._pod("head", container, self._ray_volumes(self._settings.head))
         template["spec"]["volumes"].append({"name": "config", "configMap": {"name": self._name}})
         return merged(merged(template, self._settings.pod_template), self._settings.head_template)
 
@@ -221,7 +221,7 @@ class _Run:
             for amounts in container["resources"].values():
                 amounts[worker.gpu_resource] = worker.gpus
             tolerations.append({"key": worker.gpu_resource, "operator": "Exists", "effect": "NoSchedule"})
-        template = self._pod("worker", container, self._ray_volumes())
+        template = self._pod("worker", container, self._ray_volumes(worker))
         spec = template["spec"]
         if settings.node_selector:
             spec["nodeSelector"] = settings.node_selector
@@ -310,8 +310,8 @@ class _Run:
         secret = {"name": self._settings.env_secret or self._name, "key": variable, "optional": True}
         return {"name": variable, "valueFrom": {"secretKeyRef": secret}}
 
-    def _ray_volumes(self) -> list[Manifest]:
-        shared_memory = _gib(self._settings.shared_memory_gib)
+    def _ray_volumes(self, resources: PodResources) -> list[Manifest]:
+        shared_memory = _gib(resources.shared_memory_gib)
         return [
             {"name": "storage", "persistentVolumeClaim": {"claimName": self._settings.storage.claim}},
             {"name": "tmp", "emptyDir": {}},

@@ -94,7 +94,7 @@ def test_the_overlay_for_gpus(kubectl: str) -> None:
         (worker,) = cluster["workerGroupSpecs"]
         spec = worker["template"]["spec"]
         assert spec["containers"][0]["name"] == "ray-worker"
-        assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+        assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
         assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         assert "nvidia.com/gpu" not in str(cluster["headGroupSpec"])
 
