@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distlm.limits import cgroups
+
 if TYPE_CHECKING:
     import psutil
 
@@ -149,22 +151,6 @@ def count_oom_kills(proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgro
         if found := next((line for line in lines if line.startswith("oom_kill ")), None):
             return int(found.split()[1])
     return None
-
-
-def cgroups(controller: str, proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")) -> Iterator[Path]:
-    """The folders of this process's control group and of those around it, of version 2 and 1. In a container some may
-    be unknown; the outermost one is then the container's."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and controller not in controllers.split(","):
-            continue
-        root = mount if number == "0" else mount / controller
-        inner = root / path.lstrip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root))
 
 
 def _prctl(option: int, value: int) -> None:

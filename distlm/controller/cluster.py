@@ -19,6 +19,7 @@ from distlm.controller.cluster_watch import ClusterWatch
 from distlm.controller.fitness import NodeFitness
 from distlm.devices import visible_gpu_count
 from distlm.errors import InfrastructureError, RayLostError
+from distlm.limits import available_cpus
 from distlm.processes import descendants, end_processes, kill_processes
 from distlm.ray_settings import OBJECT_STORE_BYTES, OF_EVERY_NODE, without_extras
 from distlm.run_folder import NUM_OWN_NODES, REPLACES_NODES
@@ -215,7 +216,7 @@ def _start(
     import ray
 
     without_extras()
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     gpus = visible_gpu_count()
     if gpus is None:
         gpus = _count_gpus_with_torch()

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from distlm.controller.repository import Git, GitError, remote_url
+from distlm.limits import available_cpus
 from distlm.redact import redact_uri
 
 DECISIVE_PACKAGES = ("distlm", "torch", "transformers", "deepspeed", "accelerate", "ray", "mlflow")
@@ -65,7 +66,7 @@ def machine() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cpu cores": str(len(os.sched_getaffinity(0))),
+        "cpu cores": str(available_cpus()),
         "devices": ", ".join(names) or "no NVIDIA GPU",
         "cuda": _cuda_of_torch(),
         "cuda driver": driver,

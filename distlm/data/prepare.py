@@ -12,7 +12,6 @@ on with. How many processes tokenize changes nothing.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from distlm.data.sources import Source
 from distlm.data.tokenize import load_tokenizer, tokenizer_digest
 from distlm.data.train_tokenizer import TokenizerType, train_tokenizer
 from distlm.errors import InputError, Problem
+from distlm.limits import available_cpus
 from distlm.run_folder import read_json, write_json
 
 FORMAT_VERSION = 2
@@ -166,7 +166,7 @@ def prepare_data(
         layout = BlockLayout.of(tokenizer, data.max_seq_length)
         with BlockFiles(folder, layout, corpus.targets) as files:
             packing = Packing(tokenizer.backend_tokenizer.to_str(), layout, files.parts_folder)
-            _pack(corpus, packing, data.num_proc or len(os.sched_getaffinity(0)), files, report)
+            _pack(corpus, packing, data.num_proc or available_cpus(), files, report)
             for source in corpus.sources:
                 source.check_unchanged()
             files.finish()

@@ -16,7 +16,7 @@ from typing import Any
 
 from distlm.devices import nvidia_gpu_count, visible_gpu_count
 from distlm.doctor import Finding, findings
-from distlm.processes import cgroups
+from distlm.limits import cpu_quota, memory_limit_bytes
 
 _TORCH_TIMEOUT_S = 120.0
 _NVIDIA_SMI_TIMEOUT_S = 15.0
@@ -115,7 +115,7 @@ def _ask_torch() -> tuple[dict[str, Any] | None, str]:
 def _check_cores(gpu_count: int | None) -> Finding:
     cores, machine = len(os.sched_getaffinity(0)), os.cpu_count() or 0
     found = f"{cores} cores" + (f" of {machine}" if machine > cores else "")
-    quota = _cpu_quota()
+    quota = cpu_quota()
     if quota is not None and quota < cores:
         return Finding(
             "warning", "CPU", f"{found}, of which the container may use {quota:g}",
@@ -137,34 +137,6 @@ def _cpu_flags() -> set[str]:
         return set()
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return set(match[1].split()) if match else set()
-
-
-def _cpu_quota() -> float | None:
-    """Cores' worth of time that a cgroup allows; None: no limit."""
-    found = []
-    for folder in cgroups("cpu"):
-        try:
-            if (folder / "cpu.max").exists():
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-            if quota not in ("max", "-1"):
-                found.append(int(quota) / int(period))
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return min(found, default=None)
-
-
-def memory_limit_bytes() -> int | None:
-    """What cgroups allow this process; None: no limit."""
-    found = []
-    for folder in cgroups("memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            try:
-                found.append(int((folder / name).read_text()))
-            except (OSError, ValueError):  # it is not there, or "max"
-                continue
-    return min(found, default=None)
 
 
 def _check_memory() -> Finding:

@@ -1,7 +1,8 @@
 """`python -m distlm.kubernetes.pre_stop SECONDS`, before a pod is told to end, with SECONDS left: its workers save.
 
-On the head pod the controller is asked for it, as by `distlm cancel --checkpoint`. On another pod Ray is told that the
-node leaves; the controller has the workers save and go on without it. Nothing is done where nothing is trained.
+On the head pod the controller is asked for it, as by `distlm cancel --checkpoint`, and the head stays until it is known
+how the job has ended. On another pod Ray is told that the node leaves; the controller has the workers save and go on
+without it. Nothing is done where nothing is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from distlm.run_folder import RunFolder, is_there, write_json
 _LOOK_INTERVAL_S = 0.5
 _TO_END_S = 10.0
 """Of the time that is left, what the pod needs for its end."""
-_CONTROLLER = ["-m", "distlm.controller"]
+_SEEN_AFTER_S = 8.0
+"""The end of a job: KubeRay asks for it every 3 s, and the submitter reads the last of its output."""
+_CONTROLLER, _JOB = ["-m", "distlm.controller"], ["-m", "distlm.ray_job"]
 _WORKER = "ray::RayTrainWorker"
 
 
@@ -29,7 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     deadline_s = time.monotonic() + float(arguments[0]) - _TO_END_S
     for controller in _processes(_is_controller):
         _ask_to_save(RunFolder(Path(controller.cmdline()[-1])))
-        _wait_until_ended(_is_controller, deadline_s)
+        _wait_until_ended(_is_job, deadline_s)
+        time.sleep(max(0.0, min(_SEEN_AFTER_S, deadline_s - time.monotonic())))
         return
     if list(_processes(_is_worker)):
         _drain(deadline_s - time.monotonic())
@@ -38,6 +42,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _is_controller(command: Sequence[str]) -> bool:
     return list(command[1:3]) == _CONTROLLER
+
+
+def _is_job(command: Sequence[str]) -> bool:
+    return list(command[1:3]) in (_CONTROLLER, _JOB)
 
 
 def _is_worker(command: Sequence[str]) -> bool:

@@ -32,6 +32,7 @@ from distlm.errors import (
     TrainingError,
 )
 from distlm.launchers.local import LocalLauncher, require_packages
+from distlm.limits import available_cpus
 from distlm.run_folder import RunFolder, new_run_id
 from distlm.stop_count import interrupted_by_signals
 from distlm.verify_resume.compare import Piece, Verdict, compare
@@ -139,7 +140,7 @@ def _room(config: RunConfig) -> int:
         return 0
     gpus = visible_gpu_count()
     if config.resources.device == "cpu" or gpus == 0:
-        return len(os.sched_getaffinity(0)) // (config.resources.cpus_per_worker or 1)
+        return available_cpus() // (config.resources.cpus_per_worker or 1)
     return gpus or 0
 
 
