@@ -48,7 +48,7 @@ def logs(options: argparse.Namespace) -> int:
     if path.exists():
         _Tail(path).copy()
     elif options.rank is None and (job := Job.read(chosen)) is not None and (text := job_output(run, job)):
-        say(text, end="")
+        say("".join(line for line in text.splitlines(keepends=True) if not line.startswith(RESULT_PREFIX)), end="")
     else:
         raise InputError(_what_there_is(run, chosen, path))
     return ExitCode.SUCCEEDED

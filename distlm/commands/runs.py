@@ -226,6 +226,8 @@ def _tracking(one: RunStatus, damaged: list[str]) -> tuple[str | None, str | Non
     if not _is_in_mlflow(one):
         return None, None
     uri, mlflow_id = value_at(one.tree, "tracking", "tracking_uri"), None
+    if uri is None and one.attempts and one.attempts[-1].target == "kubernetes":
+        uri = value_at(one.tree, "kubernetes", "env", "MLFLOW_TRACKING_URI")
     with suppress(InputError):  # a variable that is not set here
         uri = choose_tracking_uri(expanded(uri, "tracking.tracking_uri"), one.run.runs_dir)
     try:

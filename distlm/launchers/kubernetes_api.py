@@ -153,7 +153,8 @@ class KubernetesApi:
 
         of_kind = _KINDS[kind]
         method = getattr(getattr(client, of_kind.api)(self._client), of_kind.method.format(verb=verb))
-        return self._client.sanitize_for_serialization(method(**of_kind.arguments, namespace=self.namespace, **options))
+        answer = method(**of_kind.arguments, namespace=self.namespace, _request_timeout=_TIMEOUT_S, **options)
+        return self._client.sanitize_for_serialization(answer)
 
     # --- how it stands -----------------------------------------------------------------------------------------------
 
@@ -175,7 +176,9 @@ class KubernetesApi:
         from kubernetes import client
 
         with self._words("the pods cannot be listed"):
-            found = client.CoreV1Api(self._client).list_namespaced_pod(self.namespace, label_selector=selector)
+            found = client.CoreV1Api(self._client).list_namespaced_pod(
+                self.namespace, label_selector=selector, _request_timeout=_TIMEOUT_S
+            )
         pods: list[dict[str, Any]] = self._client.sanitize_for_serialization(found.items)
         return sorted(pods, key=lambda pod: pod["metadata"].get("creationTimestamp") or "", reverse=True)
 
@@ -186,7 +189,7 @@ class KubernetesApi:
         try:
             with self._words("the events cannot be listed"):
                 found = client.CoreV1Api(self._client).list_namespaced_event(
-                    self.namespace, field_selector="type=Warning", limit=1000
+                    self.namespace, field_selector="type=Warning", limit=1000, _request_timeout=_TIMEOUT_S
                 )
         except InputError:
             return []
@@ -201,7 +204,7 @@ class KubernetesApi:
 
         with self._words(f"the log of the pod {pod}"):
             answer = client.CoreV1Api(self._client).read_namespaced_pod_log(
-                pod, self.namespace, container=container, _preload_content=False
+                pod, self.namespace, container=container, _preload_content=False, _request_timeout=_TIMEOUT_S
             )
             text: str = answer.data.decode(errors="replace")
         return text

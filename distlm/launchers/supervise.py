@@ -103,7 +103,9 @@ def _where_curves_are(config: RunConfig, run: RunFolder) -> str:
     """The address of a server, or the command that shows them; empty: nowhere but in the run's folder."""
     if not config.tracking.report_to:
         return ""
-    uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    of_pods = config.kubernetes.env if config.resources.target == "kubernetes" else {}
+    name = "MLFLOW_TRACKING_URI"
+    uri = config.tracking.tracking_uri or of_pods.get(name) or os.environ.get(name)
     return redact_uri(uri) if uri else command(run, "ui")
 
 

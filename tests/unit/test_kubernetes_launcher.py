@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -399,3 +401,71 @@ def test_an_api_that_breaks_off_again_and_again(
         with pytest.raises(InfrastructureError, match="does not answer"):
             sent(run)
     assert len(api.objects("rayjobs")) == (num_drops < 6)
+
+
+FOLLOW = """
+import sys
+from distlm.cli import main
+from distlm.commands import follow
+
+follow._ASK_JOB_INTERVAL_S = 0.3
+sys.exit(main(["submit", "run.yaml"]))
+"""
+
+
+def test_a_run_is_followed_to_its_end(api: KubeApi, tmp_path: Path) -> None:
+    """From sending it to its exit code, through a retry on new pods; the test plays KubeRay."""
+    (tmp_path / "run.yaml").write_text(json.dumps(CONFIG))
+    env = environment(tmp_path, KUBECONFIG=os.environ["KUBECONFIG"])
+    with subprocess.Popen(
+        (sys.executable, "-c", FOLLOW), cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    ) as follower:
+        assert follower.stdout is not None
+        shown: list[str] = []
+
+        def wait_for(text: str) -> None:
+            assert follower.stdout is not None
+            while not shown or text not in shown[-1]:
+                line = follower.stdout.readline()
+                assert line, (text, shown)
+                shown.append(line)
+
+        wait_for("KubeRay's operator has not begun with it")
+        (ray_job,) = api.objects("rayjobs")
+        name = ray_job["metadata"]["name"]
+        job = Job("kubernetes", f"{NAMESPACE}/{name}")
+        add_pod(api, job, "worker", "w-1", phase="Pending", containerStatuses=[
+            {"name": "ray-worker", "ready": False, "restartCount": 0, "image": "i", "imageID": "",
+             "state": {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}}
+        ])  # fmt: skip
+        api.set_status("rayjobs", name, {"jobDeploymentStatus": "Initializing", "rayClusterName": "c"})
+        wait_for(
+            "pending (Initializing): worker pod w-1 cannot start (ImagePullBackOff): not found; look at kubernetes"
+        )
+        api.set_status("pods", "w-1", {"phase": "Running", "containerStatuses": None})
+        add_pod(api, job, "submitter", "s-1", phase="Running")
+        api.set_log(NAMESPACE, "s-1", "sent to Ray: python\nattempt 1\nstep 1\n")
+        api.set_status("rayjobs", name, RUNNING)
+        wait_for("step 1")
+        api.delete("pods", "s-1")
+        api.set_status("rayjobs", name, {"jobDeploymentStatus": "Retrying", "failed": 1})
+        wait_for("it goes on with new pods (retry 1 of 3)")
+        add_pod(api, job, "submitter", "s-2", phase="Running")
+        api.set_log(NAMESPACE, "s-2", "sent to Ray: python\nattempt 2\nstep 2\n")
+        api.set_status("rayjobs", name, RUNNING)
+        wait_for("step 2")
+        result = {
+            **PREEMPTED,
+            "state": "failed",
+            "exit_code": 1,
+            "cause": "divergence",
+            "message": "the loss is not a number",
+        }
+        api.append_log(NAMESPACE, "s-2", f"{RESULT_PREFIX}{json.dumps(result)}\n")
+        api.set_status("rayjobs", name, {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"})
+        rest = follower.stdout.read()
+    assert follower.returncode == ExitCode.FAILED
+    text = "".join(shown) + rest
+    print(text)
+    assert [text.count(part) for part in ("attempt 1", "step 1", "attempt 2", "step 2")] == [1, 1, 1, 1]
+    assert RESULT_PREFIX not in text
