@@ -5,9 +5,12 @@ A RayJob that waits says little by itself: why it does is with its pods, or in t
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from distlm.launchers.base import JobState, JobStatus
@@ -43,6 +46,8 @@ _SAME_AS = {
     "RegistryUnavailable": "ErrImagePull",
 }
 _BEING_MADE = ("ContainerCreating", "PodInitializing")
+_SOON_S = 20.0
+"""In which KubeRay has looked at a new RayJob."""
 _EXIT_CODE = re.compile(r"exit code:? (-?\d+)")
 
 
@@ -95,7 +100,7 @@ def _why(word: str, status: Object, found: Found) -> Iterator[str]:
     spec = found.ray_job.get("spec") or {}
     failed = status.get("failed") or 0
     match word:
-        case "":
+        case "" if _age_s(found.ray_job) > _SOON_S:
             yield "KubeRay's operator has not begun with it; does it run, and does it watch this namespace?"
         case "Suspended" | "Suspending":
             queue = (found.ray_job["metadata"].get("labels") or {}).get("kueue.x-k8s.io/queue-name")
@@ -107,6 +112,11 @@ def _why(word: str, status: Object, found: Found) -> Iterator[str]:
             yield f"KubeRay refuses it: {_one_line(status.get('message') or '')}"
         case "Initializing" if failed:
             yield f"retry {failed} of {spec.get('backoffLimit') or 0}"
+
+
+def _age_s(found: Object) -> float:
+    made = found["metadata"].get("creationTimestamp")
+    return time.time() - datetime.fromisoformat(made).timestamp() if made else math.inf
 
 
 def problems_of(found: Found) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -79,6 +80,14 @@ def test_what_the_words_of_kuberay_mean(ray_job: dict[str, Any], state: JobState
     status = status_of(Found(ray_job))
     assert (status.state, status.target_state) == (state, words)
     assert status.reason.startswith(reason) and bool(status.reason) == bool(reason)
+
+
+def test_a_new_job_is_given_time() -> None:
+    ray_job = job()
+    ray_job["metadata"]["creationTimestamp"] = datetime.now(UTC).isoformat(timespec="seconds")
+    assert status_of(Found(ray_job)).reason == ""
+    ray_job["metadata"]["creationTimestamp"] = "2026-01-31T00:00:00Z"
+    assert status_of(Found(ray_job)).reason
 
 
 def test_a_job_that_is_deleted_is_alive_until_it_is_gone() -> None:
