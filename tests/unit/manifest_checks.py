@@ -455,7 +455,9 @@ _BUILT_IN = {
     ("PriorityClass", "system-cluster-critical"),
     ("PriorityClass", "system-node-critical"),
 }
-_CLUSTER_WIDE = ("Namespace", "PriorityClass", "ClusterRole", "ClusterRoleBinding")
+_CLUSTER_WIDE = (
+    "Namespace", "PriorityClass", "ClusterRole", "ClusterRoleBinding", "ResourceFlavor", "ClusterQueue",
+)  # fmt: skip
 
 
 def missing_references(manifests: list[Manifest]) -> Iterator[str]:

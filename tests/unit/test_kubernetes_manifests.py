@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import tomllib
+from decimal import Decimal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from manifest_checks import Manifest, pod_templates, problems, read_manifests
+from manifest_checks import Manifest, pod_templates, problems, quantity, read_manifests
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -69,7 +70,8 @@ def test_kustomizations(path: str, kubectl: str) -> None:
     manifests = build(kubectl, path)
     assert problems(manifests) == []
     names = {(one["kind"], one["metadata"]["name"]) for one in manifests}
-    assert names == {
+    added = {("ResourceFlavor", "distlm"), ("ClusterQueue", "distlm"), ("LocalQueue", "distlm")}
+    assert names - (added if path == "overlays/kueue" else set()) == {
         (one["kind"], one["metadata"]["name"]) for path in BASE for one in read_manifests(path.read_text())
     }
 
@@ -84,6 +86,28 @@ def test_overlays_choose_the_image_of_all_pods(overlay: str, tag: str, kubectl: 
     templates = [template for one in build(kubectl, f"overlays/{overlay}") for _, template in pod_templates(one)]
     images = {container["image"] for template in templates for container in template["spec"]["containers"]}
     assert images == {f"distlm:{tag}"}
+
+
+def test_the_overlay_for_kueue(kubectl: str) -> None:
+    """It has the runs wait as the key of the config does, in a queue that has room for one of them."""
+    manifests = build(kubectl, "overlays/kueue")
+    (queue,) = [one for one in manifests if one["kind"] == "ClusterQueue"]
+    (flavor,) = queue["spec"]["resourceGroups"][0]["flavors"]
+    quota = {one["name"]: quantity(one["nominalQuota"]) for one in flavor["resources"]}
+    for job in [one for one in manifests if one["kind"] == "RayJob"]:
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "distlm" and job["spec"]["suspend"] is True
+        (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        for name, room in quota.items():
+            needs = [
+                workers["replicas"] * requested(workers["template"], name),
+                requested(job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"], name),
+                requested(job["spec"]["submitterPodTemplate"], name),
+            ]
+            assert room / 2 < sum(needs) <= room
+
+
+def requested(template: Manifest, name: str) -> Decimal:
+    return sum((quantity(one["resources"]["requests"][name]) for one in template["spec"]["containers"]), Decimal(0))
 
 
 def test_the_overlay_for_gpus(kubectl: str) -> None:
