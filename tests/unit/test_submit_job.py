@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distlm.errors import InfrastructureError, InputError
+from distlm.errors import InputError
 from distlm.kubernetes import submit_job
 
 Fault = Callable[["Head"], None]
 
 
 class Head:
-    """Ray's head: a job's output comes in parts, and a fault before some of them."""
+    """Ray's head: a job's output comes in parts, with pauses and faults between them."""
 
-    def __init__(self, parts: list[str | Fault], end: str = "SUCCEEDED") -> None:
+    def __init__(self, parts: list[str | float | Fault], end: str = "SUCCEEDED") -> None:
         self.parts, self.end = parts, end
         self.jobs: dict[str, str] = {}
         self.num_sent = 0
         self.printed: list[str] = []
-        self.is_away = False
+        self.is_away = self.is_silent = False
+
+    def _answer(self) -> None:
+        if self.is_away:
+            raise ConnectionError("refused")
+        if self.is_silent:
+            threading.Event().wait(60)
 
     # What the client of Ray asks.
 
     def list_jobs(self) -> list[Any]:
-        if self.is_away:
-            raise ConnectionError("refused")
+        self._answer()
         return [SimpleNamespace(submission_id=name) for name in self.jobs]
 
     def submit_job(self, *, entrypoint: str, submission_id: str) -> None:
@@ -44,10 +51,13 @@ class Head:
             if isinstance(part, str):
                 self.printed.append(part)
                 yield part
+            elif isinstance(part, float):
+                await asyncio.sleep(part)
             else:
                 part(self)
 
     def get_job_status(self, _: str) -> Any:
+        self._answer()
         return SimpleNamespace(value="RUNNING" if self.parts else self.end)
 
 
@@ -60,6 +70,17 @@ def begins_anew(head: Head) -> None:
     raise ConnectionError("reset")
 
 
+def falls_silent(head: Head) -> None:
+    head.is_silent = True
+
+
+def breaks_in_aiohttp(_: Head) -> None:
+    class ServerDisconnectedError(Exception):
+        """As aiohttp's: neither a ConnectionError nor an OSError."""
+
+    raise ServerDisconnectedError
+
+
 def goes_away(head: Head) -> None:
     head.is_away = True
     raise ConnectionError("reset")
@@ -69,8 +90,10 @@ def goes_away(head: Head) -> None:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", "head:8265")
     monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "distlm-a-x7f2q")
-    monkeypatch.setattr(submit_job, "_LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(submit_job, "_HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(submit_job, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(submit_job, "_LOOK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(submit_job, "_ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(submit_job, "_HEAD_TIMEOUT_S", 0.3)
 
 
 def submit(monkeypatch: pytest.MonkeyPatch, head: Head) -> int:
@@ -119,10 +142,26 @@ def test_a_head_that_comes_back_without_the_job_gets_it_again(
     assert capsys.readouterr().out.splitlines()[-1] == "go on"
 
 
-def test_a_head_that_stays_away_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_may_break_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer after its beginning than a head may be away."""
+    head = Head(["step 1\n", 0.5, breaks, "step 2\n", 0.5, breaks_in_aiohttp, "step 3\n"])
+    assert submit(monkeypatch, head) == 0
+    assert head.num_sent == 1
+    assert capsys.readouterr().out.partition("\n")[2] == "step 1\nstep 2\nstep 3\n"
+
+
+def test_a_head_that_is_silent_on_an_open_connection_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = Head(["step 1\n", falls_silent, 60.0, 60.0, 60.0, 60.0])
+    assert submit(monkeypatch, head) == 0
+    assert "has been away for" in capsys.readouterr().out and head.num_sent == 1
+
+
+def test_a_head_that_stays_away_ends_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     head = Head(["step 1\n", goes_away])
-    with pytest.raises(InfrastructureError, match=r"Ray's head at http://head:8265 has been away for .* s: refused"):
-        submit(monkeypatch, head)
+    assert submit(monkeypatch, head) == 0, "KubeRay asks Ray for the job, and does not find it"
+    assert "Ray's head at http://head:8265 has been away for 0 s: refused\n" in capsys.readouterr().out
 
 
 def test_outside_of_a_submitter_pod_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
