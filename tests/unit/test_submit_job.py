@@ -99,7 +99,13 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def submit(monkeypatch: pytest.MonkeyPatch, head: Head) -> int:
     module = ModuleType("ray.job_submission")
     addresses: list[str] = []
-    module.JobSubmissionClient = lambda address: addresses.append(address) or head  # type: ignore[attr-defined]
+
+    def connect(address: str) -> Head:
+        addresses.append(address)
+        head._answer()
+        return head
+
+    module.JobSubmissionClient = connect  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ray.job_submission", module)
     code = submit_job.main(["python", "-m", "distlm.ray_job", "/etc/distlm/run.yaml", "name=a b"])
     assert set(addresses) == {"http://head:8265"}
