@@ -25,6 +25,7 @@ from distlm.launchers.kubernetes_manifests import (
     CONFIG_FOLDER,
     FOLDER_ANNOTATION,
     HEAD,
+    OWN_VARIABLES,
     SUBMITTER,
     Manifest,
     folder_in_pods,
@@ -64,6 +65,7 @@ class KubernetesLauncher:
         yield from _check_image(config.kubernetes.image)
         yield from _check_pods(config)
         yield from _check_places(config)
+        yield from _check_environment(config)
 
     def check_here(self, config: RunConfig) -> Iterator[Problem]:
         """Files are on the cluster: the controller looks there."""
@@ -253,6 +255,19 @@ def _check_places(config: RunConfig) -> Iterator[Problem]:
     elif runs_dir.is_absolute() and not any(map(runs_dir.is_relative_to, mounts)):
         message = f"is on no storage of the pods, which is at {', '.join(map(str, mounts))} (kubernetes.storage)"
         yield Problem(message, "runs_dir", str(runs_dir))
+
+
+def _check_environment(config: RunConfig) -> Iterator[Problem]:
+    """Each variable is given once."""
+    plain = config.kubernetes.env
+    for name in sorted({*plain, *config.env} & OWN_VARIABLES):
+        yield Problem("is set by distlm", f"kubernetes.env.{name}" if name in plain else "env", name)
+    for name in sorted({*plain} & {*config.env}):
+        yield Problem("stands under env, too, whose variables come from a Secret", f"kubernetes.env.{name}")
+    for name in sorted({"HOME", "HF_HOME"} & {*config.env}):
+        yield Problem(f"is another one in the pods; set kubernetes.env.{name} to what it is there", "env", name)
+    for name in sorted({name for name in config.env if config.env.count(name) > 1}):
+        yield Problem("is named twice", "env", name)
 
 
 def _further_mounts(pod_template: Manifest) -> Iterator[PurePosixPath]:

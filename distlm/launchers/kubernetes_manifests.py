@@ -42,8 +42,11 @@ USER_ID = 1000
 """Of the image's user."""
 
 _GCS_PORT, _DASHBOARD_PORT = 6379, 8265
-_SUBMITTER_RETRIES = 1
-"""A submitter that has lost Ray's head waits for a new one before it gives up; KubeRay itself gives up after 300 s."""
+_SUBMITTER_RETRIES = 6
+"""A submitter may be evicted, which is no fault of the run; when it has lost the head it ends without a failure."""
+_NODE_AWAY_S = 30
+"""On a node that does not answer, head and submitter are given up after that time, in place of Kubernetes' 300 s, after
+which KubeRay would end the run for good."""
 _PRE_STOP = ["python", "-m", "distlm.kubernetes.pre_stop"]
 
 
@@ -130,7 +133,7 @@ class _Run:
 
     def _network_policy(self) -> Manifest:
         own = {NAME_LABEL: RUN_NAME, INSTANCE_LABEL: self._name}
-        operator = {"matchLabels": {NAME_LABEL: "kuberay-operator"}}
+        operator = {"matchLabels": {COMPONENT_LABEL: "kuberay-operator"}}
         return {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
@@ -211,7 +214,8 @@ class _Run:
         container["volumeMounts"].append({"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True})
         template = self._pod("head", container, self._ray_volumes(self._settings.head))
         template["spec"]["volumes"].append({"name": "config", "configMap": {"name": self._name}})
-        return merged(merged(template, self._settings.pod_template), self._settings.head_template)
+        template["spec"]["tolerations"] = _away_tolerations()
+        return self._patched(template, HEAD, self._settings.head_template)
 
     def _workers(self) -> Manifest:
         settings, worker = self._settings, self._settings.worker
@@ -235,7 +239,7 @@ class _Run:
                 "labelSelector": {"matchLabels": self._labels("worker")},
             }
         ]
-        return merged(merged(template, settings.pod_template), settings.worker_template)
+        return self._patched(template, WORKER, settings.worker_template)
 
     def _submitter(self, entrypoint: Sequence[str]) -> Manifest:
         container = {
@@ -250,7 +254,16 @@ class _Run:
         }
         template = self._pod("submitter", container, [{"name": "tmp", "emptyDir": {}}])
         template["spec"]["restartPolicy"] = "Never"
-        return merged(template, self._settings.pod_template)
+        template["spec"]["tolerations"] = _away_tolerations()
+        return self._patched(template, SUBMITTER, {})
+
+    def _patched(self, template: Manifest, container: str, own_patch: Manifest) -> Manifest:
+        """With the user's patches; what they say of the containers of other pods is not for this one."""
+        patched: Manifest = merged(merged(template, self._settings.pod_template), own_patch)
+        spec = patched["spec"]
+        others = {HEAD, WORKER, SUBMITTER} - {container}
+        spec["containers"] = [one for one in spec["containers"] if one.get("name") not in others]
+        return patched
 
     def _pod(self, component: str, container: Manifest, volumes: list[Manifest]) -> Manifest:
         settings = self._settings
@@ -332,6 +345,12 @@ def _field(name: str, path: str) -> Manifest:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
+def _away_tolerations() -> list[Manifest]:
+    keys = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+    always = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": _NODE_AWAY_S}
+    return [{"key": key, **always} for key in keys]
+
+
 def _same_amounts(**amounts: int | str) -> Manifest:
     """Requests and limits: what is promised is all that is used, so that no pod is the first to be evicted."""
     return {"requests": dict(amounts), "limits": dict(amounts)}
@@ -343,6 +362,12 @@ def _container_security() -> Manifest:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
+
+
+OWN_VARIABLES = frozenset(
+    ("POD_NAMESPACE", ATTEMPT_FILES, JOB, NUM_OWN_NODES, REPLACES_NODES, "RAY_JOB_STOP_WAIT_TIME_S", *OF_EVERY_NODE)
+)
+"""Environment variables that a run's pods need as they are."""
 
 
 def merged(base: Any, patch: Any) -> Any:

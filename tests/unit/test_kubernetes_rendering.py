@@ -97,15 +97,15 @@ def test_nothing_is_wrong_with_what_is_rendered(name: str) -> None:
     assert [one["kind"] for one in documents] == kinds
 
 
-@pytest.mark.parametrize(("number", "config", "overrides"), [
-    (60, "pretrain", []), (70, "finetune-lora", ["kubernetes.suspend=true"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "path"), [("pretrain", "base/60-pretrain.yaml"), ("finetune-lora", "finetune-lora/finetune-lora.yaml")]
+)
 def test_what_is_shipped_is_rendered(
-    number: int, config: str, overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: str, path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(["render", f"configs/{config}.yaml", *overrides, "--target", "kubernetes"]) == 0
-    assert (ROOT / "k8s" / "base" / f"{number}-{config}.yaml").read_text() == capsys.readouterr().out
+    assert main(["render", f"configs/{config}.yaml", "--target", "kubernetes"]) == 0
+    assert (ROOT / "k8s" / path).read_text() == capsys.readouterr().out
 
 
 def test_a_plain_run() -> None:
@@ -165,7 +165,7 @@ def test_gpus() -> None:
     assert worker["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     volumes = {one["name"]: one for one in worker["volumes"]}
     assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
-    assert "tolerations" not in pod_specs(ray_job)["head"]
+    assert "nvidia.com/gpu" not in str(pod_specs(ray_job)["head"])
 
 
 def test_where_pods_are_placed() -> None:
@@ -198,6 +198,16 @@ def test_templates_are_patched_by_names() -> None:
     assert worker["containers"][0]["resources"]["limits"] == {"cpu": 2, "memory": "4Gi", "rdma/hca": 1}
     assert {one["name"] for one in worker["volumes"]} == {"storage", "tmp", "shared-memory", "scratch"}
     assert pods["head"]["nodeSelector"] == {"pool": "cpu"} and "nodeSelector" not in worker
+
+
+def test_a_patch_of_all_pods_changes_each_container_in_its_own() -> None:
+    containers = [{"name": f"ray-{kind}", "imagePullPolicy": "Always"} for kind in ("head", "worker", "job-submitter")]
+    sidecar = {"name": "logs", "image": "logs:1"}
+    *_, ray_job = rendered({}, {"pod_template": {"spec": {"containers": [*containers, sidecar]}}})
+    for kind, name in (("head", "ray-head"), ("worker", "ray-worker"), ("submitter", "ray-job-submitter")):
+        found = pod_specs(ray_job)[kind]["containers"]
+        assert [one["name"] for one in found] == [name, "logs"]
+        assert found[0]["imagePullPolicy"] == "Always" and found[0]["image"] == "distlm:1"
 
 
 def test_merging() -> None:
@@ -257,6 +267,24 @@ def test_what_is_refused_before_anything_is_sent(
     with pytest.raises(InputError) as error:
         rendered(resources, settings)
     assert any(problem in str(one) for one in error.value.problems), error.value
+
+
+@pytest.mark.parametrize(
+    ("plain", "secret", "problem"),
+    [
+        ({"HF_TOKEN": "a"}, ["HF_TOKEN"], "kubernetes.env.HF_TOKEN = a: stands under env, too"),
+        ({"DISTLM_JOB": "a"}, [], "kubernetes.env.DISTLM_JOB = DISTLM_JOB: is set by distlm"),
+        ({"RAY_USAGE_STATS_ENABLED": "1"}, [], "kubernetes.env.RAY_USAGE_STATS_ENABLED = "),
+        ({}, ["POD_NAMESPACE"], "env = POD_NAMESPACE: is set by distlm"),
+        ({}, ["HOME"], "env = HOME: is another one in the pods"),
+        ({}, ["A", "A"], "env = A: is named twice"),
+    ],
+)
+def test_each_variable_is_given_once(plain: dict[str, str], secret: list[str], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        rendered({}, {"env": plain, "env_secret": "s"}, env=secret)
+    assert [str(one).startswith(problem) for one in error.value.problems] == [True]
+    assert environ(pod_specs(rendered({}, {"env": {"HOME": "/scratch"}})[-1])["worker"])["HOME"] == "/scratch"
 
 
 @pytest.mark.parametrize(
