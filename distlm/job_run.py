@@ -12,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from distlm.checkpoint.store import CheckpointStore
-from distlm.config.attempt import begin_attempt, changed_config, create_run, current_tree
+from distlm.config.attempt import begin_attempt, changed_config, create_run
 from distlm.config.load import load_config
-from distlm.config.resolve import flatten, resolved_tree
+from distlm.config.resolve import refuse_changes, resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import say
 from distlm.errors import Cause, ExitCode, InfrastructureError, InputError, Problem
@@ -24,8 +25,17 @@ from distlm.launchers.base import JOB_GOES_ON_AFTER, Job
 from distlm.launchers.carried import ATTEMPT_YAML, NEWEST_STEP, RUN_YAML
 from distlm.launchers.local import end_abandoned, tell_mlflow
 from distlm.outcome import Outcome
-from distlm.run_folder import AttemptFolder, RunFolder, lease, new_run_id, read_json, runs_in, write_atomically
-from distlm.run_reference import is_pinned, pin_references
+from distlm.run_folder import (
+    AttemptFolder,
+    RunFolder,
+    lease,
+    new_run_id,
+    read_json,
+    read_yaml,
+    runs_in,
+    write_atomically,
+)
+from distlm.run_reference import pin_references
 
 _LEASE_TIMEOUT_S, _LEASE_INTERVAL_S = 180.0, 10.0
 
@@ -70,24 +80,23 @@ def _run_of(name: JobName, runs_dir: Path) -> RunFolder | None:
     return next((run for run in runs_in(runs_dir) if any(map(name.is_of, run.attempts()))), None)
 
 
-def changes_by_config(run: RunFolder, config: Path, overrides: Sequence[str], name: JobName) -> list[str]:
-    """What a config file, from which the job made the run, says otherwise by now, as overrides of the run's config.
-
-    Raises InputError for what would make it another run.
-    """
+def config_of_job(config: Path, overrides: Sequence[str], name: JobName) -> dict[str, Any]:
+    """Every key of the config file of a job, `run:RUN` and `${VAR}` as they are written. Raises InputError."""
     loaded = load_config(config, [*overrides, name.override])
-    now, then = flatten(resolved_tree(loaded.config, loaded.raw)), flatten(current_tree(run))
-    changes = [
-        f"{key}={json.dumps(value)}"
-        for key, value in now.items()
-        if value != then.get(key) and not is_pinned(key, value)
-    ]
-    try:
-        changed_config(run, changes, lambda config: iter(()))
-    except InputError as error:
+    return resolved_tree(loaded.config, loaded.raw)
+
+
+def changes_by_config(run: RunFolder, now: dict[str, Any], name: JobName) -> list[str]:
+    """What the config of a job says otherwise than when it has last begun an attempt of the run, as overrides of the
+    run's config, a section in each. Raises InputError for what would make it another run."""
+    noted = [attempt.job_config_yaml for attempt in reversed(run.attempts()) if attempt.job_config_yaml.exists()]
+    if not noted:
+        return []
+    then = read_yaml(noted[0])
+    if refused := list(refuse_changes(then, now)):
         what = f"the job {name.id} has made run {run.run_id} of another config; give it another name for another run"
-        raise InputError(*error.problems, what) from None
-    return changes
+        raise InputError(*refused, what)
+    return [f"{key}={json.dumps(now[key], ensure_ascii=False)}" for key in now if now[key] != then.get(key)]
 
 
 def run_of_files(folder: Path, files: Mapping[str, str], name: JobName) -> RunFolder:
@@ -122,8 +131,10 @@ def _require_same_steps(run: RunFolder, newest_of_sender: int) -> None:
 
 def _is_made(run: RunFolder, attempt_yaml: str) -> bool:
     """Whether the newest attempt is the one that travelled, which waits to begin."""
-    attempts = run.attempts()
-    return bool(attempts) and not _has_begun(attempts[-1]) and attempts[-1].attempt_yaml.read_text() == attempt_yaml
+    newest = run.attempts()[-1] if run.attempts() else None
+    if newest is None or _has_begun(newest) or not newest.attempt_yaml.exists():
+        return False
+    return newest.attempt_yaml.read_text(encoding="utf-8") == attempt_yaml
 
 
 def _has_begun(attempt: AttemptFolder) -> bool:
@@ -150,24 +161,26 @@ def next_attempt(
     not say how.
 
     Args:
-        changes: overrides that come with it.
+        changes: overrides that come with it, by `changes_by_config`.
         max_starts: of the job without a step that was saved; None: its target counts itself.
 
     Raises:
-        InputError: another controller has the run.
-        InfrastructureError: the job has begun that often in a row, and none of its attempts has saved a step.
+        InputError: another controller has the run, or the newest attempt waits for another job.
+        InfrastructureError: the job has begun that often in a row, and none of its starts has saved a step.
     """
     if not run.attempts():
         raise InputError(f"the run's folder {run.path} has no attempt")
     newest = run.attempts()[-1]
     if not _has_begun(newest):
+        if (other := Job.read(newest)) is not None and not name.is_of(newest):
+            raise InputError(f"run {run.run_id} is to go on in another job, {other.target} {other.id}")
         return newest
     loaded, changes_so_far = changed_config(run, list(changes), check)
     if loaded.config.resources.target != name.target:
         loaded, changes_so_far = changed_config(run, [*changes, name.override], check)
     with lease_in_time(run):
         _end_newest(run, why_abandoned)
-        if max_starts and (num_starts := _starts_in_vain(run, name)) >= max_starts(loaded.config):
+        if max_starts and (num_starts := starts_in_vain(run, name)) >= max_starts(loaded.config):
             tell_mlflow(newest)
             raise InfrastructureError(f"no step was saved in {num_starts} starts of the job in a row; it ends here")
         return begin_attempt(loaded, run, [], changes=changes_so_far)
@@ -180,15 +193,19 @@ def _end_newest(run: RunFolder, why: str) -> None:
         end_abandoned(attempts[-1], Outcome(ExitCode.INFRASTRUCTURE, why, cause=Cause.INFRASTRUCTURE))
 
 
-def _starts_in_vain(run: RunFolder, name: JobName) -> int:
-    """How many of the newest attempts are of this job and began where the run still is."""
+def jobs_of(run: RunFolder, name: JobName) -> list[Job]:
+    """The job in each of the attempts that it has begun, oldest first: a start may have several."""
+    return [job for attempt in run.attempts() if name.is_of(attempt) and (job := Job.read(attempt)) is not None]
+
+
+def starts_in_vain(run: RunFolder, name: JobName) -> int:
+    """How many of the job's newest starts began where the run still is."""
     newest_step = CheckpointStore(run.checkpoints).newest_step()
-
-    def is_in_vain(attempt: AttemptFolder) -> bool:
-        job = Job.read(attempt)
-        return job is not None and name.is_of(attempt) and job.from_step == newest_step
-
-    return sum(1 for _ in takewhile(is_in_vain, reversed(run.attempts())))
+    begun_at: dict[int, int] = {}
+    for job in jobs_of(run, name):
+        begun_at.setdefault(job.num_restarts, job.from_step)
+    steps = [begun_at[start] for start in sorted(begun_at, reverse=True)]
+    return sum(1 for _ in takewhile(lambda step: step == newest_step, steps))
 
 
 @contextmanager

@@ -14,18 +14,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.config.attempt import Attempt
+from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
-from distlm.errors import InputError
-from distlm.job_run import JobName, changes_by_config, final_code, next_attempt, run_of_config, run_of_files
+from distlm.errors import DistlmError, ExitCode, InputError
+from distlm.job_run import (
+    JobName,
+    changes_by_config,
+    config_of_job,
+    final_code,
+    jobs_of,
+    next_attempt,
+    run_of_config,
+    run_of_files,
+)
 from distlm.launchers.base import Job
-from distlm.launchers.carried import ATTEMPT_FILES, JOB, result_line
+from distlm.launchers.carried import ATTEMPT_FILES, JOB, line_of_error, result_line
 from distlm.launchers.local import LocalLauncher, require_packages
 from distlm.launchers.supervise import wait_for_attempt
 from distlm.launchers.targets import queue_launcher
-from distlm.run_folder import RunFolder
+from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json, write_yaml
 from distlm.view.kept import KeptView
 from distlm.view.plain import PlainView
 
@@ -40,15 +51,24 @@ def main(arguments: Sequence[str]) -> int:
     require_packages()
     name = JobName(*os.environ[JOB].split(":", 1)) if JOB in os.environ else _NO_JOB
     what, overrides = Path(arguments[0]), arguments[1:]
+    run: RunFolder | None = None
+    config: dict[str, Any] | None = None
     changes: Sequence[str] = ()
-    if files := _carried_files(os.environ.pop(ATTEMPT_FILES, None), what):
-        run = run_of_files(what, files, name)
-    else:
-        run = run_of_config(what, overrides, name, may_have_begun=name != _NO_JOB)
-        changes = changes_by_config(run, what, overrides, name)
-    if (final := final_code(run)) is not None:
-        say(f"run {run.run_id} has ended before with exit code {final}; nothing to do")
-    code = final if final is not None else _run(run, name, changes)
+    try:
+        if files := _carried_files(os.environ.pop(ATTEMPT_FILES, None), what):
+            run = RunFolder(what)
+            run_of_files(what, files, name)
+        else:
+            run = run_of_config(what, overrides, name, may_have_begun=name != _NO_JOB)
+            config = config_of_job(what, overrides, name)
+            changes = changes_by_config(run, config, name)
+        final = None if changes else _final_code(run)
+        if final is not None:
+            _say_again(run, final)
+        code = final if final is not None else _run(run, name, config, changes)
+    except DistlmError as error:
+        say(line_of_error(run, error))
+        raise
     say(result_line(run))
     return code
 
@@ -63,21 +83,48 @@ def _carried_files(carried: str | None, what: Path) -> Mapping[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in Path(carried).iterdir() if path.is_file()}
 
 
-def _run(run: RunFolder, name: JobName, changes: Sequence[str]) -> int:
+def _final_code(run: RunFolder) -> ExitCode | None:
+    """Also of a run that the user has stopped, saved, while its target is to begin it again after such an end."""
+    newest = run.attempts()[-1]
+    if newest.result_json.exists() and is_there(newest.cancel_json):
+        request = read_json(newest.cancel_json)
+        if isinstance(request, dict) and "reason" not in request:
+            return ExitCode(read_json(newest.result_json)["exit_code"])
+    return final_code(run)
+
+
+def _say_again(run: RunFolder, code: ExitCode) -> None:
+    """How it ended: what the job has printed then may be gone with what it ran on."""
+    with suppress(OSError):
+        say(run.attempts()[-1].output_log.read_text(encoding="utf-8", errors="replace"), end="")
+    say(f"run {run.run_id} has ended before with exit code {code}; nothing to do")
+
+
+def _run(run: RunFolder, name: JobName, config: dict[str, Any] | None, changes: Sequence[str]) -> int:
     launcher = queue_launcher(name.target)
     assert launcher is not None
-    attempt = next_attempt(
-        run, name, launcher.check, _ABANDONED, changes, lambda config: config.kubernetes.max_retries + 1
-    )
+    max_starts = _max_starts if name.target == "kubernetes" else None
+    attempt = next_attempt(run, name, launcher.check, _ABANDONED, changes, max_starts)
     attempt.logs.mkdir(exist_ok=True)
-    if name != _NO_JOB and not name.is_of(attempt):  # else the sender has written it, with the cluster's address
-        starts = list(filter(name.is_of, run.attempts()))
-        first = (Job.read(starts[0]) if starts else None) or Job(name.target, name.id, folder=str(run.path))
-        newest_step = CheckpointStore(run.checkpoints).newest_step()
-        replace(first, num_restarts=len(starts), from_step=newest_step).write(attempt)
+    if config is not None:
+        write_yaml(attempt.job_config_yaml, config)
+    if name != _NO_JOB and not is_there(attempt.job_json):  # else the sender has written it
+        _write_job(run, attempt, name)
     with suppress(OSError):  # what is missing there is named by who needs it
         os.chdir(Attempt.read(attempt).working_directory)
     return wait_for_attempt(run, attempt, KeptView(PlainView(sys.stdout)), LocalLauncher(), shows_ending=True)
+
+
+def _max_starts(config: RunConfig) -> int:
+    return config.kubernetes.max_retries + 1
+
+
+def _write_job(run: RunFolder, attempt: AttemptFolder, name: JobName) -> None:
+    before = jobs_of(run, name)
+    job = before[-1] if before else Job(name.target, name.id, folder=str(run.path))
+    num_restarts = job.num_restarts + 1 if before else 0
+    newest_step = CheckpointStore(run.checkpoints).newest_step()
+    replace(job, num_restarts=num_restarts, from_step=newest_step).write(attempt)
 
 
 if __name__ == "__main__":

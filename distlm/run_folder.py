@@ -171,6 +171,11 @@ class AttemptFolder:
         return self.path / "job.json"
 
     @property
+    def job_config_yaml(self) -> Path:
+        """What the config said, of a job that was given one and may be given another one when it begins again."""
+        return self.path / "job_config.yaml"
+
+    @property
     def job_script(self) -> Path:
         """What was sent to a target with a queue."""
         return self.path / "job.sh"

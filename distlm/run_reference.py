@@ -37,11 +37,6 @@ class RunReference:
         return f"{PREFIX}{name}@{self.step}"
 
 
-def is_pinned(key: str, value: Any) -> bool:
-    """Whether a run has that value of a config's key written out."""
-    return key in _KEYS and isinstance(value, str) and value.startswith(PREFIX)
-
-
 def resolve_reference(text: str, runs_dir: Path) -> RunReference | None:
     """What a value refers to; None: it is no reference. Raises InputError where there is no such run or step."""
     if not text.startswith(PREFIX):

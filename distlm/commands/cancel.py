@@ -20,7 +20,7 @@ from distlm.commands.find import find_run
 from distlm.console import say
 from distlm.errors import Cause, ExitCode, InputError
 from distlm.launchers.base import JobState
-from distlm.launchers.jobs import KnownJob, find_job
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output
 from distlm.launchers.local import end_abandoned, tell_mlflow
 from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, read_json, write_json
@@ -53,14 +53,17 @@ def cancel(options: argparse.Namespace) -> int:
     how = "finish its step, save and end" if options.checkpoint else "end now"
     say(f"run {run.run_id} is asked to {how}", file=sys.stderr if options.json else sys.stdout)
     deadline = time.monotonic() + options.timeout
-    is_elsewhere = job is not None and job.is_elsewhere(run)
-    out_of_sight_s = time.monotonic() + (0 if is_elsewhere else _SIGN_OF_LIFE_S)
+    if job is not None:
+        job.no_more_starts()
+    is_elsewhere, is_asked = job is not None and job.is_elsewhere(run), False
+    look_s = time.monotonic() + (0 if is_elsewhere else _SIGN_OF_LIFE_S)
     while not is_there(attempt.result_json):
         if time.monotonic() >= deadline:
             return _say_still_running(run, attempt, options)
         time.sleep(_LOOK_INTERVAL_S)
-        if job is not None and time.monotonic() >= out_of_sight_s:
-            out_of_sight_s = _end_out_of_sight(run, attempt, saves=options.checkpoint)
+        if job is not None and time.monotonic() >= look_s:
+            is_asked = _end_out_of_sight(run, attempt, saves=options.checkpoint, is_asked=is_asked)
+            look_s = time.monotonic() + (_ASK_INTERVAL_S if is_asked else _SIGN_OF_LIFE_S)
     result = read_json(attempt.result_json)
     # A training that has ended meanwhile needs no end, and one that was stopped more gently has one.
     asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
@@ -68,14 +71,16 @@ def cancel(options: argparse.Namespace) -> int:
     return _say_ended(run, ending(run, result), code, options.json)
 
 
-def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool) -> float:
+def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool, is_asked: bool) -> bool:
     """The controller of a job may not see this folder: then its target ends it, and how it has ended is found out from
-    there. When to look again."""
+    there. Whether the target is asked by now."""
     job = find_job(run)
     if job is None or not job.is_alive or is_there(attempt.handle_json):
-        return time.monotonic() + _SIGN_OF_LIFE_S
-    job.cancel(saves=saves)
-    return time.monotonic() + (_ASK_INTERVAL_S if job.is_elsewhere(run) else _SIGN_OF_LIFE_S)
+        return is_asked
+    if not is_asked:
+        job.cancel(saves=saves)
+    end_if_final(run, job, job_output(run, job.job).splitlines())
+    return True
 
 
 def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:

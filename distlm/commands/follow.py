@@ -18,7 +18,7 @@ from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.launchers.base import Job, JobState
 from distlm.launchers.carried import RESULT_PREFIX
-from distlm.launchers.jobs import KnownJob, find_job, job_output
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output
 from distlm.launchers.supervise import ending_lines, say_ending
 from distlm.launchers.targets import queue_launcher
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json
@@ -59,8 +59,9 @@ def _logs_elsewhere(attempt: AttemptFolder, options: argparse.Namespace) -> Iter
     job = Job.read(attempt)
     if job is None or is_there(attempt.handle_json) or (launcher := queue_launcher(job.target)) is None:
         return None
-    number = [] if options.attempt is None else [f"--attempt={options.attempt}"]
-    return launcher.logs_there(job, [f"--rank={options.rank}", *number, *(["-f"] if options.follow else [])])
+    if attempt.number != attempt.run.attempts()[-1].number:
+        raise InputError("of a run whose folder is elsewhere, only the newest attempt can be asked for from here")
+    return launcher.logs_there(job, [f"--rank={options.rank}", *(["-f"] if options.follow else [])])
 
 
 def _chosen(run: RunFolder, attempts: list[AttemptFolder], number: int | None) -> AttemptFolder:
@@ -115,10 +116,13 @@ class _Follower:
         """The exit code, if the run has ended. A target is not asked all the time."""
         job = find_job(self._run)
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
-        if job is not None and not is_there(self._attempt.output_log):  # its folder is elsewhere, or it has made none
+        is_over = False
+        if job is not None and (self._job_tail or not is_there(self._attempt.output_log)):
+            # Its folder is elsewhere, or it has made none yet.
             self._job_tail = self._job_tail or _JobTail(self._run, job.job)
             self._show(self._job_tail.new_lines())
-        if job is not None and job.is_alive:
+            is_over = end_if_final(self._run, job, self._job_tail.lines)
+        if job is not None and job.is_alive and not is_over:
             self._say_what_it_waits_for(job)
             return None
         if is_there(self._attempt.result_json):
@@ -218,6 +222,11 @@ class _JobTail:
     @property
     def has_shown(self) -> bool:
         return bool(self._shown)
+
+    @property
+    def lines(self) -> list[str]:
+        """All that are whole, as they were when it was asked last."""
+        return self._shown
 
     def new_lines(self) -> list[str]:
         """Those that are whole, but for what is meant for programs."""

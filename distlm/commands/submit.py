@@ -22,8 +22,8 @@ from distlm.config.resolve import resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import exit_code_of, say
 from distlm.errors import Cause, DistlmError, ExitCode, InputError
-from distlm.launchers.base import Job, QueueLauncher, Request
-from distlm.launchers.carried import known_newest_step
+from distlm.launchers.base import Job, JobState, QueueLauncher, Request
+from distlm.launchers.carried import NEWEST_STEP, known_newest_step
 from distlm.launchers.jobs import find_job
 from distlm.launchers.local import LocalLauncher, end_abandoned, require_packages
 from distlm.launchers.supervise import begin_event, wait_for_attempt
@@ -77,7 +77,13 @@ def resume(options: argparse.Namespace) -> int:
         return ExitCode.SUCCEEDED
     loaded, changes = changed_config(run, overrides, check_for_target)
     _check_machine(loaded.config)
-    if (job := find_job(run)) is not None and job.is_alive:
+    job = find_job(run)
+    if job is not None and job.is_elsewhere(run) and job.status.state == JobState.UNKNOWN:
+        raise InputError(
+            f"whether a job of run {run.run_id} runs is not known: {job.status.reason}; if its cluster is gone, delete "
+            f"{run.attempts()[-1].job_json}"
+        )
+    if job is not None and job.is_alive:
         raise InputError(f"run {run.run_id} has a job already, {job}; cancel it first: {command(run, 'cancel')}")
     if run_status(run).state == "starting":
         raise InputError(f"run {run.run_id} is being started; wait a minute if it was killed")
@@ -91,15 +97,31 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def _require_checkpoints(run: RunFolder, config: RunConfig) -> None:
-    """Raises InputError for a run that would begin anew, because its checkpoints are out of sight."""
-    newest_step = known_newest_step(run)
-    if uses_the_folder_here(config.resources.target) and CheckpointStore(run.checkpoints).newest_step() < newest_step:
-        folders = [job.folder for attempt in run.attempts() if (job := Job.read(attempt)) and job.folder]
-        where = f"in {folders[-1]} of its cluster" if folders else "where its cluster has the run's folder"
-        raise InputError(
-            f"the checkpoints of run {run.run_id}, with step {newest_step} as the newest, are not here but {where}: "
-            "continue it there, or copy them to the same folder here"
-        )
+    """Raises InputError for a run that would begin anew here, because its checkpoints are out of sight, or may be."""
+    if not uses_the_folder_here(config.resources.target):
+        return
+    newest_step, newest_here = known_newest_step(run), CheckpointStore(run.checkpoints).newest_step()
+    if newest_here < newest_step:
+        known = f"with step {newest_step} as the newest, are"
+    elif not newest_here and any(map(_may_have_saved_elsewhere, run.attempts())):
+        known = "if it has saved any, are"
+    else:
+        return
+    folders = [job.folder for attempt in run.attempts() if (job := Job.read(attempt)) and job.folder]
+    where = f"in {folders[-1]} of its cluster" if folders else "where its cluster has the run's folder"
+    raise InputError(
+        f"the checkpoints of run {run.run_id}, {known} not here but {where}: continue it there, or copy them to the "
+        "same folder here"
+    )
+
+
+def _may_have_saved_elsewhere(attempt: AttemptFolder) -> bool:
+    """Its job had the run's folder at another place, and has not told how far it came."""
+    job, result = Job.read(attempt), read_json(attempt.result_json)
+    is_elsewhere = (
+        job is not None and job.folder not in ("", str(attempt.run.path)) and not attempt.handle_json.exists()
+    )
+    return is_elsewhere and not (isinstance(result, dict) and NEWEST_STEP in result)
 
 
 def render(options: argparse.Namespace) -> int:

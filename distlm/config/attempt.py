@@ -5,6 +5,7 @@ Client and controller meet here: the client writes run.yaml and attempt.yaml, th
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,6 +37,9 @@ class Attempt:
     """Folder of the run that this one is to equal; empty: none."""
     record_samples: bool = False
     """The workers write down which samples each step trains on, in samples/ of the attempt's folder."""
+    token: str = ""
+    """Six random characters: of two attempts of the same number, made by those who do not see the same folder, each has
+    its own."""
     kill_in_step: int | None = None
     """The last worker is killed (SIGKILL) in this step, for `distlm verify-resume`. None: no worker is."""
 
@@ -83,6 +87,7 @@ def begin_attempt(loaded: LoadedConfig, run: RunFolder, overrides: list[str], **
         overrides=overrides,
         origins=loaded.origins,
         working_directory=str(Path.cwd()),
+        token=secrets.token_hex(3),
         **others,
     ).write(folder)
     return folder

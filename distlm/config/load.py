@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distlm.config.schema import RunConfig, Source, Task
+from distlm.config.schema import FOREIGN_MAPPINGS, RunConfig, Source, Task
 from distlm.errors import InputError, Problem
 from distlm.redact import holds_secret, redact_uri
 
@@ -104,9 +104,9 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
-def parse_scalar(text: str) -> Any:
+def parse_scalar(text: str, key: Key = ()) -> Any:
     """The value of an override or of an environment variable: any YAML. Raises InputError for what is none."""
-    return _parse(text, "")[0]
+    return _parse(text, "", key)[0]
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -130,7 +130,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     return tree, origins
 
 
-def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
+def _parse(text: str, name: str, key: Key = ()) -> tuple[Any, dict[str, str]]:
     """The value, and the origin of each of its keys. Raises InputError for what is no plain YAML."""
     origins: dict[str, str] = {}
     try:
@@ -138,7 +138,7 @@ def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
         node = loader.get_single_node()
         if node is None:
             return None, origins
-        if refused := list(_locate(node, (), name, origins, set())):
+        if refused := list(_locate(node, key, name, origins, set())):
             raise InputError(*refused)
         return loader.construct_document(node), origins
     except yaml.MarkedYAMLError as error:
@@ -176,7 +176,7 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
                     f"is given twice, first in line {seen[part]}", _dotted((*key, part)), "", f"{name}:{line}"
                 )
             seen[part] = line
-            if "." in part and key_node.tag == "tag:yaml.org,2002:str":
+            if "." in part and key_node.tag == "tag:yaml.org,2002:str" and not _is_foreign(key):
                 message = "keys have no dots; write a: {b: ...} for a.b, which is meant for the command line"
                 yield Problem(message, _dotted((*key, part)), "", f"{name}:{line}")
             origins[_dotted((*key, part))] = f"{name}:{line}"
@@ -185,6 +185,11 @@ def _locate(node: yaml.Node, key: Key, name: str, origins: dict[str, str], open_
         for index, item in enumerate(node.value):
             origins[_dotted((*key, index))] = f"{name}:{item.start_mark.line + 1}"
             yield from _locate(item, (*key, index), name, origins, open_nodes)
+
+
+def _is_foreign(key: Key) -> bool:
+    """Whether what is below it is named by others than us: Kubernetes' own names have dots."""
+    return any(key[: len(known)] == known for known in FOREIGN_MAPPINGS)
 
 
 def _is_index(part: str) -> bool:
@@ -208,7 +213,7 @@ def _apply_override(tree: dict[str, Any], origins: dict[str, str], item: str) ->
     if holds_secret(text):  # also of one that a later override replaces: all are stored
         yield Problem(_SECRET, dotted, _shown(text), here)
     try:
-        value = parse_scalar(text)
+        value = parse_scalar(text, tuple(dotted.split(".")))
     except InputError as error:
         reason = error.problems[0].message.removeprefix("not valid YAML: ")
         yield Problem(f"the value is not valid YAML; quote it ({reason})", dotted, text, here)

@@ -750,6 +750,13 @@ class KubernetesConfig(Section):
     """The same for the pods of the workers alone."""
 
 
+FOREIGN_MAPPINGS: tuple[tuple[str, ...], ...] = (
+    *(("kubernetes", name) for name in ("node_selector", "pod_template", "head_template", "worker_template")),
+    ("ray", "runtime_env"),
+)
+"""Keys below which others name things, by names that may have dots."""
+
+
 class MaxRetries(Section):
     """How many failures of a cause may follow each other without a new checkpoint in between. Each checkpoint that is
     committed gives all tries back, so that a long run is not ended by the sum of its mishaps."""

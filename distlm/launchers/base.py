@@ -149,6 +149,10 @@ class QueueLauncher(Launcher, Protocol):
         where the target refuses."""
         ...
 
+    def no_more_starts(self, job: Job) -> None:
+        """What it runs now is the last: the target is not to begin the job again. Raises DistlmError."""
+        ...
+
     def logs_there(self, job: Job, arguments: Sequence[str]) -> Iterator[str] | None:
         """What `distlm logs` with these arguments prints where the job sees the run's folder, as it comes; None: the
         target cannot tell. Raises DistlmError."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from distlm.checkpoint.store import CheckpointStore
 from distlm.config.attempt import Attempt
-from distlm.run_folder import RunFolder, dump_yaml, read_json
+from distlm.errors import DistlmError, InputError
+from distlm.outcome import Outcome, result_of
+from distlm.run_folder import AttemptFolder, RunFolder, dump_yaml, read_json
 
 ATTEMPT_FILES = "DISTLM_ATTEMPT_FILES"
 """Environment variable: the files that travel, as JSON, or the folder where they are."""
@@ -49,6 +52,16 @@ def result_line(run: RunFolder) -> str:
     """The end of the newest attempt, for those who do not see it."""
     newest_step = CheckpointStore(run.checkpoints).newest_step()
     return RESULT_PREFIX + json.dumps({**read_json(run.attempts()[-1].result_json), NEWEST_STEP: newest_step})
+
+
+def line_of_error(run: RunFolder | None, error: DistlmError) -> str:
+    """The same of a job that has ended before its attempt. `run`: None where it has not found its run."""
+    outcome, problems = Outcome.of(error), error.problems if isinstance(error, InputError) else ()
+    attempts = run.attempts() if run else []
+    folder = attempts[-1] if attempts else AttemptFolder((run.path if run else Path()) / "attempts" / "001")
+    result = result_of(folder, outcome, None, [problem.to_json() for problem in problems])
+    newest_step = CheckpointStore(run.checkpoints).newest_step() if run else 0
+    return RESULT_PREFIX + json.dumps({**result, NEWEST_STEP: newest_step})
 
 
 def result_in(lines: Sequence[str]) -> dict[str, Any] | None:

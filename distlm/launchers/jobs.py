@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from distlm.errors import Cause, ExitCode
+from distlm.errors import Cause, DistlmError, ExitCode
 from distlm.launchers.base import JOB_GOES_ON_AFTER, Job, JobState, JobStatus
 from distlm.launchers.carried import RESULT_PREFIX, result_in
 from distlm.launchers.local import end_abandoned, tell_mlflow
@@ -39,6 +39,12 @@ class KnownJob:
         if (launcher := queue_launcher(self.job.target)) is not None:
             launcher.cancel(self.job, saves=saves)
 
+    def no_more_starts(self) -> None:
+        """See `distlm.launchers.base.QueueLauncher`; as far as the target takes it."""
+        if (launcher := queue_launcher(self.job.target)) is not None:
+            with suppress(DistlmError):
+                launcher.no_more_starts(self.job)
+
     def __str__(self) -> str:
         return f"{self.job.target} job {self.job.id}: {self.status}"
 
@@ -61,6 +67,19 @@ def find_job(run: RunFolder) -> KnownJob | None:
     return known
 
 
+def end_if_final(run: RunFolder, known: KnownJob, lines: Sequence[str]) -> bool:
+    """Whether the job's output says that the run has ended for good, while its target is about to begin it again: then
+    the result is written, and the target told not to."""
+    attempt, result = run.attempts()[-1], result_in(lines)
+    is_final = result is not None and result.get("exit_code") not in JOB_GOES_ON_AFTER
+    if not (is_final and known.is_alive) or is_there(attempt.result_json):
+        return False
+    known.no_more_starts()
+    _keep(lines, attempt)
+    write_json(attempt.result_json, result)
+    return True
+
+
 def _settle(run: RunFolder, known: KnownJob) -> None:
     """The job is over, and could not say so in the run's folder."""
     attempt = run.attempts()[-1]
@@ -73,7 +92,10 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
         return
     last_lines = "".join(f"; {line.strip()}" for line in lines[-_MAX_LOG_LINES:] if line.strip())
     message = f"the {known.job.target} job {known.job.id} has ended without a result ({known.status}){last_lines}"
-    match known.status.state:
+    state = known.status.state
+    if state == JobState.FAILED and is_there(attempt.cancel_json):
+        state = JobState.CANCELLED
+    match state:
         case JobState.CANCELLED:
             outcome = Outcome(ExitCode.CANCELLED, message, cause=Cause.CANCELLATION)
         case JobState.PREEMPTED:

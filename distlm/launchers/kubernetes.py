@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from distlm.config.attempt import Attempt
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.errors import DistlmError, InputError, Problem
+from distlm.errors import DistlmError, InfrastructureError, InputError, Problem
 from distlm.launchers.base import Job, JobState, JobStatus, Request
 from distlm.launchers.carried import carried_files
-from distlm.launchers.kubernetes_api import AlreadyThereError, KubernetesApi, NotThereError
+from distlm.launchers.kubernetes_api import AlreadyThereError, CommandError, KubernetesApi, NotThereError
 from distlm.launchers.kubernetes_manifests import (
     COMPONENT_LABEL,
     CONFIG_FOLDER,
@@ -73,9 +74,10 @@ class KubernetesLauncher:
 
     def build(self, config: RunConfig, run: RunFolder) -> KubernetesRequest:
         attempts = run.attempts()
-        name = f"distlm-{run.run_id}-{attempts[-1].number if attempts else 1:03d}"
+        number, token = (attempts[-1].number, Attempt.read(attempts[-1]).token) if attempts else (1, "")
+        name = "-".join(filter(None, ("distlm", run.run_id, f"{number:03d}", token)))
         there = working_directory_in_pods(config, str(Path.cwd()))
-        folder = _known_folder(run) or folder_in_pods(config, run.run_id, there)
+        folder = _folder_in_pods(config, run, there)
         header = [f"Run {run.run_id} of distlm. `distlm status {run.path}` tells how it goes."]
         return _request(config, header, manifests(config, name, [folder], carried_files(run, there), folder))
 
@@ -100,18 +102,17 @@ class KubernetesLauncher:
         assert isinstance(request, KubernetesRequest)
         api = KubernetesApi.connect(request.context, request.namespace)
         name = request.ray_job["metadata"]["name"]
-        others, new = request.objects[:-1], []
+        new: list[Manifest] = []
         try:
-            for manifest in others:
-                if _create(api, _with_values(manifest, request.env))[1]:
-                    new.append(manifest)
-            ray_job, _ = _create(api, request.ray_job)
-        except DistlmError:
-            for manifest in new:
-                api.delete(manifest["kind"], manifest["metadata"]["name"])
+            for manifest in request.objects:
+                made, is_new = _create(api, _with_values(manifest, request.env))
+                new += [manifest] if is_new else []
+            for manifest in request.objects[:-1]:
+                api.own(manifest, made)
+        except BaseException as error:
+            if (left := _undo(api, new)) and isinstance(error, DistlmError):
+                raise InfrastructureError(f"{error}; left there: {', '.join(left)}") from None
             raise
-        for manifest in others:
-            api.own(manifest, ray_job)
         there = request.ray_job["metadata"]["annotations"][FOLDER_ANNOTATION]
         return Job("kubernetes", f"{api.namespace}/{name}", address=api.context, folder=there)
 
@@ -120,7 +121,7 @@ class KubernetesLauncher:
             api, name = _api_and_name(job)
             return status_of(api.find(name))
         except NotThereError:
-            return JobStatus(JobState.CANCELLED, "deleted", "its RayJob is not there any more")
+            return JobStatus(JobState.FAILED, "deleted", "its RayJob is not there any more")
         except DistlmError as error:
             return JobStatus(JobState.UNKNOWN, reason=str(error))
 
@@ -139,12 +140,18 @@ class KubernetesLauncher:
         if self.status(job).state != JobState.RUNNING:
             return api.delete("RayJob", name)
         api.no_more_retries(name)
+        command = ["cancel", job.folder, "--timeout=0", *(["--checkpoint"] if saves else [])]
         try:
-            command = ["cancel", job.folder, *(["--checkpoint"] if saves else [])]
             for _ in self._in_head_pod(api, name, command):
                 pass
+        except CommandError:  # it has been asked, and has not ended at once
+            pass
         except DistlmError:
             api.delete("RayJob", name)
+
+    def no_more_starts(self, job: Job) -> None:
+        api, name = _api_and_name(job)
+        api.no_more_retries(name)
 
     def logs_there(self, job: Job, arguments: Sequence[str]) -> Iterator[str]:
         api, name = _api_and_name(job)
@@ -174,12 +181,30 @@ def _request(config: RunConfig, header: Sequence[str], objects: list[Manifest]) 
     )  # fmt: skip
 
 
-def _known_folder(run: RunFolder) -> str | None:
-    """The run's folder in the pods of an earlier attempt."""
-    for attempt in reversed(run.attempts()):
-        if (job := Job.read(attempt)) is not None and job.target == "kubernetes" and job.folder:
-            return job.folder
-    return None
+def _undo(api: KubernetesApi, made: Sequence[Manifest]) -> list[str]:
+    """Delete what was made, the newest first; what is left."""
+    left = []
+    for manifest in reversed(made):
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        try:
+            api.delete(kind, name)
+        except DistlmError:
+            left.append(f"{kind} {name}")
+    return left
+
+
+def _folder_in_pods(config: RunConfig, run: RunFolder, working_directory: str) -> str:
+    """The run's folder as the pods see it: where it was, or where it is here, if they see that, or a new one."""
+    jobs = [Job.read(attempt) for attempt in reversed(run.attempts())]
+    known = [job.folder for job in jobs if job is not None and job.target == "kubernetes" and job.folder]
+    if known:
+        if not any(map(PurePosixPath(known[0]).is_relative_to, _mounts(config))):
+            message = f"the run is in {known[0]} of the pods, which is on none of their storage now"
+            raise InputError(Problem(message, "kubernetes.storage.mount_path", config.kubernetes.storage.mount_path))
+        return known[0]
+    if PurePosixPath(run.path).is_relative_to(config.kubernetes.storage.mount_path):
+        return str(run.path)
+    return folder_in_pods(config, run.run_id, working_directory)
 
 
 def _api_and_name(job: Job) -> tuple[KubernetesApi, str]:
@@ -247,9 +272,7 @@ def _check_pods(config: RunConfig) -> Iterator[Problem]:
 
 def _check_places(config: RunConfig) -> Iterator[Problem]:
     """The run's folder has to be on the storage that the pods share."""
-    settings = config.kubernetes
-    mount_path, runs_dir = PurePosixPath(settings.storage.mount_path), PurePosixPath(config.runs_dir)
-    mounts = [mount_path, *_further_mounts(settings.pod_template)]
+    runs_dir, mounts = PurePosixPath(config.runs_dir), _mounts(config)
     if ".." in runs_dir.parts:
         yield Problem("leads out of the pods' storage", "runs_dir", str(runs_dir))
     elif runs_dir.is_absolute() and not any(map(runs_dir.is_relative_to, mounts)):
@@ -270,9 +293,9 @@ def _check_environment(config: RunConfig) -> Iterator[Problem]:
         yield Problem("is named twice", "env", name)
 
 
-def _further_mounts(pod_template: Manifest) -> Iterator[PurePosixPath]:
-    """Where the template for all pods mounts something."""
-    for container in (pod_template.get("spec") or {}).get("containers") or ():
-        for mount in container.get("volumeMounts") or ():
-            if "mountPath" in mount:
-                yield PurePosixPath(mount["mountPath"])
+def _mounts(config: RunConfig) -> list[PurePosixPath]:
+    """Where the pods have storage: the shared one, and what the template for all pods mounts."""
+    settings = config.kubernetes
+    containers = (settings.pod_template.get("spec") or {}).get("containers") or ()
+    further = [mount.get("mountPath") for container in containers for mount in container.get("volumeMounts") or ()]
+    return [PurePosixPath(path) for path in (settings.storage.mount_path, *further) if path]

@@ -6,12 +6,17 @@ The client is imported where it is used: `pip install 'distlm[kubernetes]'`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Self
+
+import yaml
 
 from distlm.errors import DistlmError, InfrastructureError, InputError, Problem
 from distlm.launchers.kubernetes_manifests import Manifest
@@ -41,9 +46,11 @@ _KINDS = {
     "RayJob": _of_ray("rayjobs"),
     "RayCluster": _of_ray("rayclusters"),
 }
-_NUM_TRIES, _PAUSE_FACTOR_S = 5, 0.5
+_NUM_TRIES, _PAUSE_FACTOR_S = 4, 0.5
 _TIMEOUT_S = (5.0, 30.0)
 """To connect, and for an answer."""
+_PAGE_SIZE, _MAX_PAGES = 500, 10
+"""Of the events of a namespace."""
 _HANDSHAKE = re.compile(r"Handshake status (\d+).*-\+-\+- (.*)", re.DOTALL)
 _INSTALL_KUBERAY = "install KubeRay's operator, with its CRDs, as docs/kubernetes.md says"
 _NEEDED_RIGHTS = "the rights that it needs are those of the Role in k8s/20-rbac.yaml"
@@ -55,6 +62,10 @@ class NotThereError(InputError):
 
 class AlreadyThereError(InputError):
     """There is an object of that name."""
+
+
+class CommandError(InfrastructureError):
+    """A command in a pod was run, and has not succeeded."""
 
 
 class KubernetesApi:
@@ -69,46 +80,15 @@ class KubernetesApi:
         """By a context of the kubeconfig, or with the account of the pod that this is. Raises InputError."""
         if find_spec("kubernetes") is None:
             raise InputError("kubernetes is not installed here; run: pip install 'distlm[kubernetes]'")
-        from kubernetes import client, config
-        from kubernetes.config.config_exception import ConfigException
+        from kubernetes.config import kube_config
 
-        configuration = client.Configuration()
-        try:
-            contexts, current = config.list_kube_config_contexts()
-        except ConfigException as error:
-            if context is not None:
-                raise InputError(Problem(f"there is no kubeconfig: {error}", "kubernetes.context", context)) from None
-            return cls._in_a_pod(configuration, namespace)
-        if context is None and current is None:
-            raise InputError("the kubeconfig has no current context; name one with kubernetes.context")
-        names = [one["name"] for one in contexts]
-        if context is not None and context not in names:
-            raise InputError(
-                f"kubernetes.context = {context}: the kubeconfig has no such one; it has {', '.join(names)}"
-            )
-        chosen = next(one for one in contexts if one["name"] == context) if context else current
-        try:
-            config.load_kube_config(context=chosen["name"], client_configuration=configuration)
-        except ConfigException as error:
-            raise InputError(f"the context {chosen['name']} of the kubeconfig cannot be used: {error}") from None
-        found = namespace or chosen["context"].get("namespace") or "default"
-        return cls(_patient(configuration), found, chosen["name"])
-
-    @classmethod
-    def _in_a_pod(cls, configuration: Any, namespace: str | None) -> Self:
-        from kubernetes import config
-        from kubernetes.config.config_exception import ConfigException
-
-        try:
-            config.load_incluster_config(client_configuration=configuration)
-        except ConfigException:
-            raise InputError(
-                "no cluster is known here: there is no kubeconfig, and this is no pod with an account"
-            ) from None
-        if namespace is None:
-            with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:
-                namespace = file.read().strip()
-        return cls(_patient(configuration), namespace, "")
+        files = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+        if any(Path(path).expanduser().exists() for path in files.split(os.pathsep) if path):
+            client, name, its_namespace = _by_kubeconfig(files, context)
+            return cls(client, namespace or its_namespace, name)
+        if context is not None:
+            raise InputError(Problem(f"there is no kubeconfig ({files})", "kubernetes.context", context))
+        return cls(_by_account(), namespace or _namespace_of_pod(), "")
 
     # --- the objects of a run ----------------------------------------------------------------------------------------
 
@@ -163,13 +143,16 @@ class KubernetesApi:
         job = self.get("RayJob", name)
         cluster, pods = None, []
         if cluster_name := (job.get("status") or {}).get("rayClusterName"):
-            with suppress(InputError):  # not made yet, or not to be seen
+            with suppress(DistlmError):  # not made yet, or not to be seen
                 cluster = self.get("RayCluster", cluster_name)
-        with suppress(InputError):
+        with suppress(DistlmError):
             pods = self.pods(of_run(name))
         of_these = {one["metadata"].get("uid") for one in (job, cluster, *pods) if one}
-        events = [event for event in self._warnings() if event["involvedObject"].get("uid") in of_these]
-        return Found(job, cluster, pods, events)
+
+        def is_about_run(about: Mapping[str, Any]) -> bool:
+            return about.get("uid") in of_these or (about.get("kind"), about.get("name")) == ("Job", name)
+
+        return Found(job, cluster, pods, [one for one in self._warnings() if is_about_run(one["involvedObject"])])
 
     def pods(self, selector: str) -> list[dict[str, Any]]:
         """Those with these labels, newest first."""
@@ -186,14 +169,17 @@ class KubernetesApi:
         """The namespace's events that are warnings, oldest first; none where they are not to be seen."""
         from kubernetes import client
 
-        try:
-            with self._words("the events cannot be listed"):
-                found = client.CoreV1Api(self._client).list_namespaced_event(
-                    self.namespace, field_selector="type=Warning", limit=1000, _request_timeout=_TIMEOUT_S
-                )
-        except InputError:
-            return []
-        events: list[dict[str, Any]] = self._client.sanitize_for_serialization(found.items)
+        events: list[dict[str, Any]] = []
+        following: str | None = None
+        with suppress(DistlmError), self._words("the events cannot be listed"):
+            for _ in range(_MAX_PAGES):
+                page = client.CoreV1Api(self._client).list_namespaced_event(
+                    self.namespace, field_selector="type=Warning", limit=_PAGE_SIZE, _request_timeout=_TIMEOUT_S,
+                    **({"_continue": following} if following else {}),
+                )  # fmt: skip
+                events += self._client.sanitize_for_serialization(page.items)
+                if not (following := page.metadata._continue if page.metadata else None):
+                    break
         return sorted(events, key=_time_of_event)
 
     # --- what it says, and what is said to it ------------------------------------------------------------------------
@@ -210,26 +196,37 @@ class KubernetesApi:
         return text
 
     def run(self, pod: str, container: str, command: Sequence[str]) -> Iterator[str]:
-        """What a command prints in a pod, as it comes. Raises InputError where it cannot be run there, and
-        InfrastructureError where it ends with another exit code than 0."""
+        """What a command prints in a pod, as it comes.
+
+        Raises:
+            DistlmError: in the API's words, where the command cannot be run there.
+            CommandError: it ends with another exit code than 0, or the pod or the connection ends before it.
+        """
+        import websocket
         from kubernetes import client, stream
 
+        websocket.setdefaulttimeout(_TIMEOUT_S[1])
         with self._words(f"`{' '.join(command)}` in the pod {pod}"):
             connection = stream.stream(
                 client.CoreV1Api(self._client).connect_get_namespaced_pod_exec, pod, self.namespace,
                 container=container, command=list(command), stdin=False, stdout=True, stderr=True, tty=False,
-                _preload_content=False, _request_timeout=None,
+                _preload_content=False,
             )  # fmt: skip
         errors = ""
         with closing(connection):
-            while connection.is_open():
-                connection.update(timeout=1)
-                if connection.peek_stdout():
-                    yield connection.read_stdout()
-                if connection.peek_stderr():
-                    errors += connection.read_stderr()
-            if code := connection.returncode:
-                raise InfrastructureError(f"in the pod {pod}: {errors.strip() or f'exit code {code}'}")
+            try:
+                while connection.is_open():
+                    connection.update(timeout=1)
+                    if connection.peek_stdout():
+                        yield connection.read_stdout()
+                    if connection.peek_stderr():
+                        errors += connection.read_stderr()
+                code = connection.returncode
+            except (websocket.WebSocketException, OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+                why = errors.strip() or str(error) or type(error).__name__
+                raise CommandError(f"the command in the pod {pod} was cut off: {why}") from None
+        if code:
+            raise CommandError(f"in the pod {pod}: {errors.strip() or f'exit code {code}'}")
 
     @contextmanager
     def _words(self, what: str) -> Iterator[None]:
@@ -247,6 +244,64 @@ class KubernetesApi:
             raise InfrastructureError(f"the Kubernetes API at {host} does not answer: {_cause(error)}") from None
 
 
+def _read_kubeconfig(files: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Contexts and users by their names, and the current context; of several files the first one counts, as kubectl has
+    it. Raises InputError."""
+    found: dict[str, dict[str, Any]] = {"context": {}, "user": {}}
+    current = ""
+    for path in (Path(path).expanduser() for path in files.split(os.pathsep) if path):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+            for kind, named in found.items():
+                for one in (content or {}).get(f"{kind}s") or ():
+                    named.setdefault(one["name"], one.get(kind) or {})
+            current = current or (content or {}).get("current-context") or ""
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            raise InputError(f"the kubeconfig {path} cannot be read: {' '.join(str(error).split())}") from None
+    return found["context"], found["user"], current
+
+
+@cache
+def _by_kubeconfig(files: str, context: str | None) -> tuple[Any, str, str]:
+    """A client, the name of the context that it is for, and that one's namespace. Raises InputError."""
+    from kubernetes import client, config
+    from kubernetes.config.config_exception import ConfigException
+
+    contexts, users, current = _read_kubeconfig(files)
+    name = context or current
+    there_are = f"it has {', '.join(contexts) or 'none'}"
+    if not name:
+        raise InputError(f"the kubeconfig has no current context; name one with kubernetes.context: {there_are}")
+    if name not in contexts:
+        raise InputError(Problem(f"the kubeconfig has no such one; {there_are}", "kubernetes.context", name))
+    configuration = client.Configuration()
+    try:
+        config.load_kube_config(files, context=name, client_configuration=configuration)
+    except (ConfigException, KeyError, TypeError, OSError, yaml.YAMLError) as error:
+        raise InputError(f"the context {name} of the kubeconfig cannot be used: {error}") from None
+    login = users.get(contexts[name].get("user"), {}).get("exec")
+    if login and not (configuration.api_key or configuration.cert_file):
+        raise InputError(f"the kubeconfig's command `{login.get('command')}` has given no credentials: log in again")
+    return _patient(configuration), name, contexts[name].get("namespace") or "default"
+
+
+def _by_account() -> Any:
+    """A client with the account of the pod that this is. Raises InputError where it is none."""
+    from kubernetes import client, config
+    from kubernetes.config.config_exception import ConfigException
+
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except ConfigException:
+        raise InputError("no cluster is known here: there is no kubeconfig, and this is no pod") from None
+    return _patient(configuration)
+
+
+def _namespace_of_pod() -> str:
+    return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()
+
+
 def _patient(configuration: Any) -> Any:
     """A client that tries again where a connection breaks or the API is too busy. What is made a second time by that is
     refused as being there, and then looked at."""
@@ -254,8 +309,8 @@ def _patient(configuration: Any) -> Any:
     from urllib3 import Retry
 
     configuration.retries = Retry(
-        total=_NUM_TRIES, backoff_factor=_PAUSE_FACTOR_S, status_forcelist=(429, 502, 503, 504), allowed_methods=None,
-        raise_on_status=False,
+        total=_NUM_TRIES - 1, backoff_factor=_PAUSE_FACTOR_S, status_forcelist=(429, 502, 503, 504),
+        allowed_methods=None, raise_on_status=False,
     )  # fmt: skip
     return client.ApiClient(configuration)
 
@@ -264,7 +319,10 @@ def _refusal(status: int, message: str, what: str, namespace: str) -> DistlmErro
     """Of the API's code and words."""
     said = f"{what}: {message}"
     match status:
+        case 403 if "system:anonymous" in message:
+            return _refusal(401, message, what, namespace)
         case 401:
+            _by_kubeconfig.cache_clear()  # they may be new ones next time
             return InputError(f"{said}; the kubeconfig's credentials are not accepted: log in to the cluster again")
         case 403 if "exceeded quota" in message:
             return InputError(f"{said}; use fewer or smaller pods, or have the quota raised")
@@ -303,4 +361,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _time_of_event(event: Mapping[str, Any]) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
+    """When it was last seen; who writes by the newer API gives the first time and counts on from there."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return str(next(filter(None, times), None) or event["metadata"].get("creationTimestamp") or "")

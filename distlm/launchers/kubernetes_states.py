@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from distlm.launchers.base import JobState, JobStatus
-from distlm.launchers.kubernetes_manifests import COMPONENT_LABEL, INSTANCE_LABEL
+from distlm.launchers.kubernetes_manifests import COMPONENT_LABEL, HEAD, INSTANCE_LABEL, SUBMITTER, WORKER
 
 Object = Mapping[str, Any]
 
@@ -45,6 +45,13 @@ _SAME_AS = {
     "ImageInspectError": "ErrImagePull",
     "RegistryUnavailable": "ErrImagePull",
 }
+_ADVICE_ON_MEMORY = {
+    HEAD: "; give it more with kubernetes.head.memory_gib",
+    WORKER: "; give it more with kubernetes.worker.memory_gib",
+    SUBMITTER: "; give it more with kubernetes.pod_template",
+}
+"""By container. What KubeRay adds has the memory that KubeRay gives it."""
+_LATELY_S = 600.0
 _BEING_MADE = ("ContainerCreating", "PodInitializing")
 _SOON_S = 20.0
 """In which KubeRay has looked at a new RayJob."""
@@ -100,7 +107,7 @@ def _why(word: str, status: Object, found: Found) -> Iterator[str]:
     spec = found.ray_job.get("spec") or {}
     failed = status.get("failed") or 0
     match word:
-        case "" if _age_s(found.ray_job) > _SOON_S:
+        case "" if not status and _seconds_since(found.ray_job["metadata"].get("creationTimestamp")) > _SOON_S:
             yield "KubeRay's operator has not begun with it; does it run, and does it watch this namespace?"
         case "Suspended" | "Suspending":
             queue = (found.ray_job["metadata"].get("labels") or {}).get("kueue.x-k8s.io/queue-name")
@@ -114,22 +121,32 @@ def _why(word: str, status: Object, found: Found) -> Iterator[str]:
             yield f"retry {failed} of {spec.get('backoffLimit') or 0}"
 
 
-def _age_s(found: Object) -> float:
-    made = found["metadata"].get("creationTimestamp")
-    return time.time() - datetime.fromisoformat(made).timestamp() if made else math.inf
-
-
 def problems_of(found: Found) -> list[str]:
     """What is wrong with the cluster and its pods, a line for each thing, with what to do about it."""
     problems = list(_of_cluster(found.cluster or {}))
     by_text: dict[str, list[Object]] = {}
-    for pod in found.pods:
+    for pod in filter(lambda pod: _is_of_now(pod, found.ray_job), found.pods):
         for text in _of_pod(pod, found.events):
             by_text.setdefault(text, []).append(pod)
     problems += [f"{_which(pods)} {text}" for text, pods in by_text.items()]
-    if not problems and not found.pods:  # it may be kept from making any
-        problems += [f"{event.get('reason')}: {_one_line(event.get('message') or '')}" for event in found.events[-1:]]
+    if not problems:  # something may be kept from being made
+        of_pods = {pod["metadata"].get("uid") for pod in found.pods}
+        others = [event for event in found.events if _about(event).get("uid") not in of_pods]
+        wanted = [event for event in others if not found.pods or _about(event).get("kind") == "Job"]
+        problems += [f"{event.get('reason')}: {_one_line(event.get('message') or '')}" for event in wanted[-1:]]
     return problems
+
+
+def _about(event: Object) -> Object:
+    found: Object = event.get("involvedObject") or {}
+    return found
+
+
+def _is_of_now(pod: Object, ray_job: Object) -> bool:
+    """Not of the cluster before a retry, and not about to end."""
+    labels, status = pod["metadata"].get("labels") or {}, ray_job.get("status") or {}
+    cluster = labels.get("ray.io/cluster")
+    return "deletionTimestamp" not in pod["metadata"] and cluster in (None, status.get("rayClusterName"))
 
 
 def _of_cluster(cluster: Object) -> Iterator[str]:
@@ -142,40 +159,48 @@ def _of_cluster(cluster: Object) -> Iterator[str]:
 
 def _of_pod(pod: Object, events: Iterable[Object]) -> Iterator[str]:
     status = pod.get("status") or {}
-    for condition in status.get("conditions") or ():
-        if (condition.get("type"), condition.get("status")) == ("PodScheduled", "False"):
-            yield f"cannot be placed: {_one_line(condition.get('message') or condition.get('reason') or '')}"
-    if status.get("reason") in ("Evicted", "Preempted", "NodeLost", "Shutdown", "Terminated", "DeadlineExceeded"):
+    conditions = {one.get("type"): one for one in status.get("conditions") or ()}
+    placed, disrupted = conditions.get("PodScheduled") or {}, conditions.get("DisruptionTarget") or {}
+    if placed.get("status") == "False":
+        yield f"cannot be placed: {_one_line(placed.get('message') or placed.get('reason') or '')}"
+    if status.get("phase") == "Failed" and status.get("reason"):
         yield f"was ended by Kubernetes ({status['reason']}): {_one_line(status.get('message') or '')}".rstrip(": ")
-    containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
-    is_being_made = False
-    for container in containers:
-        waiting = (container.get("state") or {}).get("waiting") or {}
-        reason = waiting.get("reason") or ""
-        is_being_made |= reason in _BEING_MADE
+    elif disrupted.get("status") == "True":
+        yield f"is being ended ({disrupted.get('reason')}): {_one_line(disrupted.get('message') or '')}".rstrip(": ")
+    inits, mains = status.get("initContainerStatuses") or (), status.get("containerStatuses") or ()
+    for container in (*inits, *mains):
+        reason, message = _waits(container)
         if advice := _ADVICE_ON_WAITING.get(_SAME_AS.get(reason, reason)):
-            yield f"cannot start ({reason}): {_one_line(waiting.get('message') or '')}; {advice}".replace(": ;", ";")
-        yield from _ends(container)
-    if is_being_made or (
-        not containers and status.get("phase") == "Pending" and (pod.get("spec") or {}).get("nodeName")
-    ):
+            yield f"cannot start ({reason}): {message}; {advice}" if message else f"cannot start ({reason}); {advice}"
+        yield from _out_of_memory(container)
+    is_initializing = any("running" in (container.get("state") or {}) for container in inits)
+    is_being_made = any(_waits(container)[0] in _BEING_MADE for container in (*inits, *mains))
+    is_placed = status.get("phase") == "Pending" and bool((pod.get("spec") or {}).get("nodeName"))
+    if (is_being_made or (is_placed and not mains)) and not is_initializing:
         yield from _newest_warning(pod, events)
 
 
-def _ends(container: Object) -> Iterator[str]:
-    for state in ("state", "lastState"):
-        ended = (container.get(state) or {}).get("terminated") or {}
-        if ended.get("reason") == "OOMKilled":
-            name = container.get("name")
-            which = "head" if name == "ray-head" else "worker"
-            yield f"ran out of memory (OOMKilled); give it more with kubernetes.{which}.memory_gib"
+def _waits(container: Object) -> tuple[str, str]:
+    """Why a container is not started, in a word and in words; empty: it is."""
+    waiting = (container.get("state") or {}).get("waiting") or {}
+    return waiting.get("reason") or "", _one_line(waiting.get("message") or "")
+
+
+def _out_of_memory(container: Object) -> Iterator[str]:
+    """Now, or in the last minutes: Kubernetes starts a container that was ended anew, and the run goes on."""
+    for name in ("state", "lastState"):
+        ended = (container.get(name) or {}).get("terminated") or {}
+        is_over = name == "lastState" and ended.get("finishedAt") and _seconds_since(ended["finishedAt"]) > _LATELY_S
+        if ended.get("reason") == "OOMKilled" and not is_over:
+            advice = _ADVICE_ON_MEMORY.get(str(container.get("name")), "")
+            yield f"ran out of memory (OOMKilled){advice}"
             return
 
 
 def _newest_warning(pod: Object, events: Iterable[Object]) -> Iterator[str]:
     """For a pod whose containers are being made: volumes that do not come are told by events alone."""
     uid = pod["metadata"].get("uid")
-    warnings = [event for event in events if (event.get("involvedObject") or {}).get("uid") == uid]
+    warnings = [one for one in events if _about(one).get("uid") == uid and one.get("reason") != "FailedScheduling"]
     if warnings:
         yield f"does not start ({warnings[-1].get('reason')}): {_one_line(warnings[-1].get('message') or '')}"
 
@@ -192,6 +217,11 @@ def _which(pods: Sequence[Object]) -> str:
 def of_run(name: str) -> str:
     """The label selector of all that belongs to a run."""
     return f"{INSTANCE_LABEL}={name}"
+
+
+def _seconds_since(moment: str | None) -> float:
+    """Of a time that the API gives; infinite of none."""
+    return time.time() - datetime.fromisoformat(moment).timestamp() if moment else math.inf
 
 
 def _one_line(text: str) -> str:

@@ -124,6 +124,9 @@ class RayLauncher:
         """Whoever is stopped by Ray saves."""
         self._ask(job.address, lambda client: client.stop_job(job.id))
 
+    def no_more_starts(self, job: Job) -> None:
+        return
+
     def logs_there(self, job: Job, arguments: Sequence[str]) -> None:
         return None
 

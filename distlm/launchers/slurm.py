@@ -97,6 +97,9 @@ class SlurmLauncher:
         if answer.returncode != 0:
             raise InfrastructureError(f"scancel {job.id}: {_words(answer)}")
 
+    def no_more_starts(self, job: Job) -> None:
+        return
+
     def logs_there(self, job: Job, arguments: Sequence[str]) -> None:
         return None
 

@@ -20,7 +20,7 @@ from distlm.compile_caches import keep_compile_caches
 from distlm.config.attempt import load_attempt
 from distlm.console import exit_code_of, say
 from distlm.errors import ExitCode, InputError
-from distlm.job_run import JobName, final_code, next_attempt, run_of_config
+from distlm.job_run import JobName, final_code, next_attempt, run_of_config, starts_in_vain
 from distlm.launchers.base import Job
 from distlm.launchers.local import require_packages
 from distlm.launchers.slurm import SlurmLauncher
@@ -76,24 +76,12 @@ def _requeue(run: RunFolder, job: Job, max_requeues: int) -> str:
     """Put the job back into the queue, if that makes sense; what was done."""
     if job.num_restarts >= max_requeues:
         return f"the job has begun again {job.num_restarts} times (slurm.max_requeues); it ends here"
-    if not _saves_steps(run, job):
+    if starts_in_vain(run, JobName(job.target, job.id)) > 1:
         return "no step was saved in the job's time, twice; it ends here: give it more time with slurm.time"
     done = subprocess.run(("scontrol", "requeue", job.id), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"the job could not be put back into the queue: {' '.join((done.stderr or done.stdout).split())}"
     return f"the job goes back into the queue, to go on (restart {job.num_restarts + 1} of {max_requeues})"
-
-
-def _saves_steps(run: RunFolder, job: Job) -> bool:
-    """Whether the job has saved a step in this start, or in the one before. A start may have several attempts."""
-    begun_at: dict[int, int] = {}
-    for attempt in run.attempts():
-        if (each := Job.read(attempt)) is not None and each.id == job.id:
-            begun_at.setdefault(each.num_restarts, each.from_step)
-    now = begun_at.pop(job.num_restarts, job.from_step)
-    if CheckpointStore(run.checkpoints).newest_step() > now:
-        return True
-    return not begun_at or begun_at[max(begun_at)] < now
 
 
 if __name__ == "__main__":

@@ -11,11 +11,19 @@ from made_runs import CONFIG, end, held_lease, make_attempt, make_run
 
 from distlm.config.attempt import Attempt, load_attempt
 from distlm.errors import ExitCode, InfrastructureError, InputError
-from distlm.job_run import JobName, changes_by_config, final_code, next_attempt, run_of_config, run_of_files
+from distlm.job_run import (
+    JobName,
+    changes_by_config,
+    config_of_job,
+    final_code,
+    next_attempt,
+    run_of_config,
+    run_of_files,
+)
 from distlm.launchers.base import Job
 from distlm.launchers.carried import RESULT_PREFIX, carried_files, known_newest_step, result_line
 from distlm.launchers.ray import RayLauncher
-from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json
+from distlm.run_folder import AttemptFolder, RunFolder, read_json, write_json, write_yaml
 
 NAME = JobName("kubernetes", "distlm/distlm-tiny")
 
@@ -141,65 +149,130 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def begin_by_config(config: Path, overrides: list[str], name: JobName = NAME) -> tuple[RunFolder, AttemptFolder]:
+    """The next start of a job that was given a config."""
+    run = run_of_config(config, overrides, name, may_have_begun=True)
+    tree = config_of_job(config, overrides, name)
+    attempt = next_attempt(run, name, RayLauncher().check, "lost", changes_by_config(run, tree, name))
+    write_yaml(attempt.job_config_yaml, tree)
+    begin(run, attempt, name)
+    return run, attempt
+
+
 def test_a_job_of_the_same_name_has_one_run(config_file: Path) -> None:
-    run = run_of_config(config_file, [], NAME, may_have_begun=True)
-    begin(run, run.attempts()[0])
-    assert run_of_config(config_file, [], NAME, may_have_begun=True) == run
-    assert changes_by_config(run, config_file, [], NAME) == []
-    assert run_of_config(config_file, [], JobName("kubernetes", "distlm/other"), may_have_begun=True) != run
+    run, _ = begin_by_config(config_file, [])
+    again, second = begin_by_config(config_file, [])
+    assert (again, second.number, Attempt.read(second).changes) == (run, 2, [])
+    assert begin_by_config(config_file, [], JobName("kubernetes", "distlm/other"))[0] != run
 
 
 def test_what_the_config_says_otherwise_comes_with_the_next_attempt(config_file: Path) -> None:
-    run = run_of_config(config_file, [], NAME, may_have_begun=True)
-    begin(run, run.attempts()[0])
-    changes = changes_by_config(run, config_file, ["training.max_steps=300", "kubernetes.worker_pods=2"], NAME)
-    assert changes == ["training.max_steps=300", "kubernetes.worker_pods=2"]
-    attempt = next_attempt(run, NAME, RayLauncher().check, "lost", changes)
-    assert load_attempt(run, attempt).config.training.max_steps == 300
-    assert changes_by_config(run, config_file, changes, NAME) == []
+    given = ["training.max_steps=300", "kubernetes.worker_pods=2", "tracking.experiment_name=größer 🙂"]
+    run, _ = begin_by_config(config_file, [])
+    _, attempt = begin_by_config(config_file, given)
+    config = load_attempt(run, attempt).config
+    assert (config.training.max_steps, config.kubernetes.worker_pods) == (300, 2)
+    assert config.tracking.experiment_name == "größer 🙂"
+    assert changes_by_config(run, config_of_job(config_file, given, NAME), NAME) == [], "they are in force"
+    _, back = begin_by_config(config_file, [])
+    assert load_attempt(run, back).config.training.max_steps == 100, "what is taken out of it is taken back"
 
 
-def test_a_config_of_another_run_is_refused(config_file: Path) -> None:
+def test_mappings_of_others_come_whole(config_file: Path) -> None:
+    run, _ = begin_by_config(config_file, ["kubernetes.env={A: a, B: b}", "kubernetes.node_selector={x.y/z: c}"])
+    _, attempt = begin_by_config(config_file, ["kubernetes.env={A: a}", "kubernetes.node_selector={x.y/z: d}"])
+    settings = load_attempt(run, attempt).config.kubernetes
+    assert (settings.env, settings.node_selector) == ({"A": "a"}, {"x.y/z": "d"})
+
+
+PRETRAINED = ["tokenizer={}", "model={name_or_path: bert-base-uncased}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ([], ["seed=7"], "seed"),
+        ([], ["model.config.hidden_size=128"], "model.config.hidden_size"),
+        (["model.config.hidden_size=128"], [], "model.config.hidden_size"),
+        (PRETRAINED, ["tokenizer={}", "model={name_or_path: x}"], "model.name_or_path"),
+        ([*PRETRAINED, "peft={peft_type: lora, r: 4}"], PRETRAINED, "peft"),
+    ],
+)
+def test_a_config_of_another_run_is_refused(config_file: Path, before: list[str], now: list[str], key: str) -> None:
     """Even where the first one has succeeded: to say so would be to say that this one was trained."""
-    run = run_of_config(config_file, [], NAME, may_have_begun=True)
-    end(run.attempts()[0], ExitCode.SUCCEEDED)
-    with pytest.raises(InputError, match=r"seed: cannot be changed on resume[\s\S]*give it another name"):
-        changes_by_config(run, config_file, ["seed=7"], NAME)
+    run, attempt = begin_by_config(config_file, before)
+    end(attempt, ExitCode.SUCCEEDED)
+    with pytest.raises(InputError, match=rf"{key}\S*: cannot be changed on resume[\s\S]*give it another name"):
+        changes_by_config(run, config_of_job(config_file, now, NAME), NAME)
 
 
-def test_a_reference_to_another_run_stays_the_one_that_was_found(config_file: Path) -> None:
-    run = run_of_config(config_file, [], NAME, may_have_begun=True)
-    overrides = ["model={name_or_path: run:tiny}"]
-    assert not any("name_or_path" in change for change in changes_by_config_or_none(run, config_file, overrides))
+def test_a_reference_to_another_run_is_compared_as_it_is_written(config_file: Path) -> None:
+    """The run itself has it pinned, and newer runs of that name may come."""
+    trained = make_run(Path("runs"), 1, name="pretraining")
+    make_attempt(trained)
+    save(trained, 10)
+    override = ["model={name_or_path: run:pretraining}", "tokenizer={}"]
+    run, attempt = begin_by_config(config_file, override)
+    assert load_attempt(run, attempt).config.model.name_or_path == f"run:{trained.run_id}@10"
+    save(make_run(Path("runs"), 2, name="pretraining"), 20)
+    _, second = begin_by_config(config_file, override)
+    assert load_attempt(run, second).config.model.name_or_path == f"run:{trained.run_id}@10"
+    with pytest.raises(InputError, match=r"model\.name_or_path: cannot be changed"):
+        begin_by_config(config_file, ["model={name_or_path: run:another}", "tokenizer={}"])
 
 
-def changes_by_config_or_none(run: RunFolder, config: Path, overrides: list[str]) -> list[str]:
-    try:
-        return changes_by_config(run, config, overrides, NAME)
-    except InputError as error:
-        return [problem.key for problem in error.problems]
+def test_an_attempt_that_waits_for_another_job_is_left_to_it(config_file: Path) -> None:
+    run, attempt = begin_by_config(config_file, [])
+    end(attempt, ExitCode.PREEMPTED)
+    Job("slurm", "17").write(make_attempt(run))
+    with pytest.raises(InputError, match="is to go on in another job, slurm 17"):
+        following(run)
 
 
 # --- starts in vain --------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_saves_nothing_in_its_starts_ends(tmp_path: Path) -> None:
+def begin_start(run: RunFolder, number: int) -> None:
+    """The job's n-th start runs the newest attempt."""
+    steps = [int(path.name[5:]) for path in run.checkpoints.glob("step-*")]
+    Job(NAME.target, NAME.id, number, max(steps, default=0)).write(run.attempts()[-1])
+    write_json(run.attempts()[-1].handle_json, {"host": "head", "pid": 1, "temporary_root": ""})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
     run = make_run(tmp_path / "runs", resources={"num_workers": 2, "target": "kubernetes"})
-    save(run, 10)
     make_attempt(run)
-    for number in (1, 2):
-        begin(run, run.attempts()[-1])
-        assert following(run).number == number + 1
-    begin(run, run.attempts()[-1])
+    return run
+
+
+def test_a_job_that_saves_nothing_in_its_starts_ends(run: RunFolder) -> None:
+    save(run, 10)
+    for number in (0, 1):
+        begin_start(run, number)
+        assert following(run).number == number + 2
+    begin_start(run, 2)
     with pytest.raises(InfrastructureError, match="no step was saved in 3 starts"):
         following(run)
     assert [read_json(one.result_json)["exit_code"] for one in run.attempts()] == [3, 3, 3]
 
 
-def test_a_step_that_was_saved_gives_all_starts_back(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "runs", resources={"num_workers": 2, "target": "kubernetes"})
-    make_attempt(run)
+def test_attempts_in_one_start_are_not_counted(run: RunFolder) -> None:
+    for number in range(5):
+        begin_start(run, 0)
+        assert following(run).number == number + 2
+
+
+def test_a_step_that_was_saved_gives_all_starts_back(run: RunFolder) -> None:
     for number in range(1, 8):
-        begin(run, run.attempts()[-1])
+        begin_start(run, number)
         save(run, number)
         assert following(run).number == number + 1
+
+
+def test_an_attempt_that_was_not_written_whole_is_ended(sent: RunFolder, there: Path) -> None:
+    """The storage was full."""
+    RunFolder(there).new_attempt()
+    run = run_of_files(there, carried_files(sent), NAME)
+    assert [attempt.number for attempt in run.attempts()] == [1, 2]
+    assert run.attempts()[0].result_json.exists() and following(run).number == 2

@@ -61,6 +61,9 @@ class FakeTarget:
     def cancel(self, _: Job, *, saves: bool) -> None:
         return
 
+    def no_more_starts(self, _: Job) -> None:
+        return
+
     def logs_there(self, *_: Any) -> None:
         return
 

@@ -17,12 +17,13 @@ from kube_api import NAMESPACE, KubeApi
 from made_runs import clean_environment as environment
 from made_runs import distlm, end, make_run
 
-from distlm.config.attempt import begin_attempt
+from distlm.config.attempt import Attempt, begin_attempt
 from distlm.config.load import load_tree
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.launchers.base import Job, JobState
 from distlm.launchers.carried import RESULT_PREFIX
 from distlm.launchers.kubernetes import KubernetesLauncher, KubernetesRequest
+from distlm.launchers.kubernetes_api import KubernetesApi
 from distlm.run_folder import RunFolder, read_json
 
 CONFIG: dict[str, Any] = {
@@ -87,7 +88,8 @@ def add_pod(api: KubeApi, job: Job, component: str, name: str, **status: Any) ->
 
 def test_a_run_is_a_ray_job_and_what_it_owns(api: KubeApi, run: RunFolder) -> None:
     job = sent(run)
-    name = f"distlm-{run.run_id}-001"
+    name = name_of(job)
+    assert name == f"distlm-{run.run_id}-001-{Attempt.read(run.attempts()[0]).token}"
     assert job == Job("kubernetes", f"{NAMESPACE}/{name}", address="test", folder=f"/storage/runs/{run.run_id}")
     ray_job = api.object("rayjobs", name)
     assert ray_job["spec"]["entrypoint"] == f"python -m distlm.ray_job /storage/runs/{run.run_id}"
@@ -103,6 +105,17 @@ def test_a_run_is_a_ray_job_and_what_it_owns(api: KubeApi, run: RunFolder) -> No
     assert not [
         api.objects(resource) for resource in ("configmaps", "secrets", "networkpolicies") if api.objects(resource)
     ]
+
+
+def test_a_run_that_cannot_be_finished_making_is_taken_back(api: KubeApi, run: RunFolder) -> None:
+    """The RayJob is there already: else it would train where nobody knows of it."""
+    api.forbid("patch", "secrets")
+    with pytest.raises(InputError, match='cannot patch resource "secrets"'):
+        sent(run)
+    assert [api.objects(resource) for resource in (*OWNED, "rayjobs")] == [[]] * 4
+    api.forbid("delete", "rayjobs")
+    with pytest.raises(InfrastructureError, match=r'cannot patch resource "secrets".*; left there: RayJob distlm-'):
+        sent(run)
 
 
 def test_what_was_made_goes_with_what_was_refused(api: KubeApi, run: RunFolder) -> None:
@@ -182,6 +195,51 @@ def test_a_context_that_is_not_there_is_told(api: KubeApi, run: RunFolder) -> No
         sent(run, context="other")
 
 
+CONTEXTS = """
+contexts:
+- {name: a, context: {cluster: c, user: u, namespace: research}}
+- {name: b, context: {cluster: c, user: missing}}
+clusters: [{name: c, cluster: {server: "http://127.0.0.1:1"}}]
+users: [{name: u, user: {token: t}}]
+"""
+LOGIN = "{exec: {apiVersion: client.authentication.k8s.io/v1, command: no-such-login}}"
+
+
+@pytest.mark.parametrize(
+    ("files", "context", "problem"),
+    [
+        ([CONTEXTS], None, r"has no current context; name one with kubernetes\.context: it has a, b"),
+        (["current-context: c" + CONTEXTS], None, r"kubernetes\.context = c: the kubeconfig has no such one; it has"),
+        ([CONTEXTS], "c", r"kubernetes\.context = c: the kubeconfig has no such one; it has a, b"),
+        (["{"], None, "the kubeconfig .* cannot be read"),
+        (["- 1"], "a", "the kubeconfig .* cannot be read"),
+        ([CONTEXTS.replace("{token: t}", LOGIN)], "a", "command `no-such-login` has given no credentials"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_kubeconfig_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], context: str | None, problem: str
+) -> None:
+    use_kubeconfigs(tmp_path, monkeypatch, files)
+    with pytest.raises(InputError, match=problem):
+        KubernetesApi.connect(context, None)
+
+
+def test_of_several_kubeconfigs_the_first_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "current-context: a" + CONTEXTS.replace("namespace: research", "namespace: other")
+    use_kubeconfigs(tmp_path, monkeypatch, ["current-context: b" + CONTEXTS, other])
+    assert KubernetesApi.connect("a", None).namespace == "research"
+    assert KubernetesApi.connect("a", "mine").namespace == "mine"
+    assert KubernetesApi.connect(None, None).context == "b"
+
+
+def use_kubeconfigs(folder: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
+    paths = [folder / f"kubeconfig-{number}" for number in range(len(files))]
+    for path, text in zip(paths, files, strict=True):
+        path.write_text(text)
+    location = os.pathsep.join([str(folder / "missing"), *map(str, paths)])
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", location)
+
+
 def test_without_a_cluster_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
     missing = str(tmp_path / "missing")
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
@@ -241,7 +299,7 @@ def test_the_life_of_a_run(api: KubeApi, run: RunFolder) -> None:
     )
     assert now(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED") == "succeeded (Complete/SUCCEEDED)"
     api.delete("rayjobs", name)
-    assert launcher.status(job).state == JobState.CANCELLED
+    assert str(launcher.status(job)) == "failed (deleted): its RayJob is not there any more"
 
 
 def test_a_warning_about_a_volume_is_told(api: KubeApi, run: RunFolder) -> None:
@@ -280,7 +338,7 @@ def test_submit_status_and_resume(api: KubeApi, cli: Any, tmp_path: Path) -> Non
     done = cli("submit", "run.yaml", "--detach")
     assert done.returncode == 0, (done.stdout, done.stderr)
     (path,) = (tmp_path / "runs").iterdir()
-    run, name = RunFolder(path), f"distlm-{path.name}-001"
+    run, name = RunFolder(path), api.objects("rayjobs")[0]["metadata"]["name"]
     assert f"kubernetes job distlm/{name}: submitted" in done.stdout
     refused = cli("resume", "last")
     assert refused.returncode == ExitCode.BAD_INPUT and "has a job already" in refused.stderr
@@ -306,9 +364,9 @@ def test_submit_status_and_resume(api: KubeApi, cli: Any, tmp_path: Path) -> Non
     assert here.returncode == ExitCode.BAD_INPUT and "with step 40 as the newest, are not here" in here.stderr
     again = cli("resume", "last", "--detach")
     assert again.returncode == 0, (again.stdout, again.stderr)
-    second = api.object("rayjobs", f"distlm-{path.name}-002")
+    (second,) = [one for one in api.objects("rayjobs") if one["metadata"]["name"].startswith(f"distlm-{path.name}-002")]
     assert second["metadata"]["annotations"]["distlm/run-folder"] == f"/storage/runs/{path.name}"
-    assert api.object("configmaps", f"distlm-{path.name}-002")["data"]["newest_step"] == "40"
+    assert api.object("configmaps", second["metadata"]["name"])["data"]["newest_step"] == "40"
 
 
 def test_a_run_is_cancelled_in_its_head_pod(api: KubeApi, run: RunFolder, cli: Any) -> None:
@@ -320,22 +378,71 @@ def test_a_run_is_cancelled_in_its_head_pod(api: KubeApi, run: RunFolder, cli: A
 
     def in_head_pod(pod: str, command: list[str]) -> tuple[str, int]:
         asked.append(command)
-        result = {"state": "preempted", "exit_code": 75, "message": "stopped", "cause": "preemption", "log": "x"}
-        api.set_log(NAMESPACE, "s-1", RESULT_PREFIX + json.dumps({**result, "problems": [], "newest_step": 8}) + "\n")
-        failed = {
-            "jobDeploymentStatus": "Failed",
-            "jobStatus": "FAILED",
-            "reason": "AppFailed",
-            "message": "exit code 75",
-        }
-        api.set_status("rayjobs", name_of(job), failed)
-        return "ended\n", 0
+        api.set_log(NAMESPACE, "s-1", f"{RESULT_PREFIX}{json.dumps(PREEMPTED)}\n")
+        api.set_status("rayjobs", name_of(job), FAILED)
+        return "", 3  # it has not ended within no time
 
     api.on_exec(in_head_pod)
     done = cli("cancel", "last", "--checkpoint")
     assert done.returncode == 0 and "preempted" in done.stdout, (done.stdout, done.stderr)
-    assert asked == [["python", "-m", "distlm.cli", "cancel", job.folder, "--checkpoint"]]
+    assert asked == [["python", "-m", "distlm.cli", "cancel", job.folder, "--timeout=0", "--checkpoint"]]
     assert api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] == 0, "KubeRay is not to begin again"
+
+
+def test_a_command_that_fails_in_the_head_pod_deletes_nothing(api: KubeApi, run: RunFolder) -> None:
+    """The run has ended otherwise meanwhile, or needs longer: its output is still to be read."""
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    add_pod(api, job, "head", "h-1", phase="Running")
+    api.on_exec(lambda pod, command: ("", 3))
+    KubernetesLauncher().cancel(job, saves=True)
+    assert len(api.objects("rayjobs")) == 1
+
+    def vanish(pod: str, command: list[str]) -> tuple[str, int]:
+        api.disconnect()
+        return "", 0
+
+    api.on_exec(vanish)
+    KubernetesLauncher().cancel(job, saves=True)
+    with pytest.raises(InfrastructureError, match="in the pod h-1"):
+        list(KubernetesLauncher().logs_there(job, ["--rank=0"]))
+    assert len(api.objects("rayjobs")) == 1
+
+
+def test_a_run_that_has_ended_for_good_is_not_begun_again(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    """KubeRay is about to: nobody waits for new pods to be told what is known."""
+    job = sent(run)
+    add_pod(api, job, "submitter", "s-1", phase="Succeeded")
+    result = PREEMPTED | {"state": "failed", "exit_code": 1, "message": "no number", "cause": "divergence"}
+    api.set_log(NAMESPACE, "s-1", f"step 1\nTraceback\n{RESULT_PREFIX}{json.dumps(result)}\n")
+    api.set_status("rayjobs", name_of(job), {"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED", "failed": 1})
+    assert json.loads(cli("status", "last", "--json").stdout)["state"] == "failed"
+    assert api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] == 0
+    assert run.attempts()[0].output_log.read_text() == "step 1\nTraceback\n"
+
+
+def test_a_job_whose_cluster_does_not_answer_may_still_run(
+    api: KubeApi, run: RunFolder, cli: Any, tmp_path: Path
+) -> None:
+    sent(run)
+    path = Path(os.environ["KUBECONFIG"])
+    path.write_text(path.read_text().replace(api.url, "http://127.0.0.1:9"))
+    refused = cli("resume", "last")
+    assert refused.returncode == ExitCode.BAD_INPUT and "whether a job of run" in refused.stderr, refused.stderr
+    assert len(run.attempts()) == 1
+
+
+def test_without_its_result_a_run_that_was_elsewhere_does_not_begin_anew_here(
+    api: KubeApi, run: RunFolder, cli: Any
+) -> None:
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    api.delete("rayjobs", name_of(job))
+    told = json.loads(cli("status", "last", "--json").stdout)
+    assert told["state"] == "infrastructure" and "is not there any more" in told["attempts"][0]["message"]
+    here = cli("resume", "last", "--target", "local")
+    assert here.returncode == ExitCode.BAD_INPUT and "if it has saved any, are not here" in here.stderr
+    assert cli("resume", "last", "--detach").returncode == 0
 
 
 def test_without_a_head_pod_to_ask_the_ray_job_is_deleted(api: KubeApi, run: RunFolder, cli: Any) -> None:
@@ -388,19 +495,19 @@ def test_a_request_that_cannot_be_sent_leaves_a_result(api: KubeApi, cli: Any, t
     assert read_json(RunFolder(path).attempts()[0].result_json)["exit_code"] == ExitCode.BAD_INPUT
 
 
-@pytest.mark.parametrize("num_drops", [3, 6, 7])
+@pytest.mark.parametrize("num_drops", [3, 4, 5])
 def test_an_api_that_breaks_off_again_and_again(
     api: KubeApi, run: RunFolder, monkeypatch: pytest.MonkeyPatch, num_drops: int
 ) -> None:
-    """It is asked six times, each time."""
+    """It is asked four times, each time."""
     monkeypatch.setattr("distlm.launchers.kubernetes_api._PAUSE_FACTOR_S", 0.01)
     api.drop(num_drops)
-    if num_drops < 6:
+    if num_drops < 4:
         sent(run)
     else:
         with pytest.raises(InfrastructureError, match="does not answer"):
             sent(run)
-    assert len(api.objects("rayjobs")) == (num_drops < 6)
+    assert len(api.objects("rayjobs")) == (num_drops < 4)
 
 
 FOLLOW = """
@@ -461,10 +568,10 @@ def test_a_run_is_followed_to_its_end(api: KubeApi, tmp_path: Path) -> None:
             "cause": "divergence",
             "message": "the loss is not a number",
         }
-        api.append_log(NAMESPACE, "s-2", f"{RESULT_PREFIX}{json.dumps(result)}\n")
+        api.append_log(NAMESPACE, "s-2", f"the last line\n{RESULT_PREFIX}{json.dumps(result)}\n")
         api.set_status("rayjobs", name, {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"})
         rest = follower.stdout.read()
     assert follower.returncode == ExitCode.FAILED
     text = "".join(shown) + rest
-    assert [text.count(part) for part in ("attempt 1", "step 1", "attempt 2", "step 2")] == [1, 1, 1, 1]
+    assert [text.count(part) for part in ("attempt 1", "step 1", "attempt 2", "step 2", "the last line")] == [1] * 5
     assert RESULT_PREFIX not in text

@@ -12,7 +12,7 @@ import yaml
 from manifest_checks import RULES, Manifest, read_manifests
 
 from distlm.cli import main
-from distlm.config.load import load_tree
+from distlm.config.load import load_config, load_tree
 from distlm.errors import InputError
 from distlm.launchers.kubernetes import KubernetesLauncher
 from distlm.launchers.kubernetes_manifests import MAX_NAME, merged, name_of
@@ -314,3 +314,20 @@ def test_a_dry_run_prints_what_would_be_made(
     assert yaml.safe_load(out)["name"] == "My run", "all else is comments"
     documents = read_manifests("\n".join(line[2:] for line in out.splitlines() if line.startswith("# ")))
     assert documents[-1]["kind"] == "RayJob" and not (tmp_path / "runs").exists()
+
+
+def test_names_of_kubernetes_have_dots(tmp_path: Path) -> None:
+    """In files and in overrides; ours have none."""
+    selector, annotation = (
+        {"nvidia.com/gpu.product": "A100"},
+        {"a.kubernetes.io/evict": "false"},
+    )
+    tree = {**CONFIG, "kubernetes": {**CONFIG["kubernetes"], "node_selector": selector}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    override = "kubernetes.pod_template={metadata: {annotations: {a.kubernetes.io/evict: 'false'}}}"
+    settings = load_config(tmp_path / "run.yaml", [override]).config.kubernetes
+    assert (settings.node_selector, settings.pod_template) == (selector, {"metadata": {"annotations": annotation}})
+    with pytest.raises(InputError, match="keys have no dots"):
+        load_config(tmp_path / "run.yaml", ["kubernetes={worker.cpus: 3}"])
+    with pytest.raises(InputError, match=r"kubernetes\.node_selector\.a\.b/c"):
+        load_config(tmp_path / "run.yaml", ["kubernetes.node_selector={a.b/c: 3}"])

@@ -29,7 +29,8 @@ def waiting(reason: str, message: str = "") -> dict[str, Any]:
 
 
 def ended(reason: str, container: str = "ray-worker", state: str = "lastState") -> dict[str, Any]:
-    return {"phase": "Running", "containerStatuses": [{"name": container, state: {"terminated": {"reason": reason}}}]}
+    terminated = {"reason": reason, "finishedAt": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"phase": "Running", "containerStatuses": [{"name": container, state: {"terminated": terminated}}]}
 
 
 def unschedulable(message: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def warning(uid: str, reason: str, message: str) -> dict[str, Any]:
     ("ray_job", "state", "words", "reason"),
     [
         ({"metadata": {}}, JobState.SUBMITTED, "", "KubeRay's operator has not begun with it"),
-        (job(), JobState.SUBMITTED, "", "KubeRay's operator has not begun with it"),
+        ({"metadata": {}, "status": {}}, JobState.SUBMITTED, "", "KubeRay's operator has not begun with it"),
         (job("Initializing"), JobState.PENDING, "Initializing", ""),
         (job("Initializing", failed=1), JobState.PENDING, "Initializing", "retry 1 of 3"),
         (job("Waiting"), JobState.PENDING, "Waiting", ""),
@@ -83,7 +84,7 @@ def test_what_the_words_of_kuberay_mean(ray_job: dict[str, Any], state: JobState
 
 
 def test_a_new_job_is_given_time() -> None:
-    ray_job = job()
+    ray_job: dict[str, Any] = {"metadata": {}}
     ray_job["metadata"]["creationTimestamp"] = datetime.now(UTC).isoformat(timespec="seconds")
     assert status_of(Found(ray_job)).reason == ""
     ray_job["metadata"]["creationTimestamp"] = "2026-01-31T00:00:00Z"
@@ -120,6 +121,14 @@ def test_a_queue_of_kueue_is_named() -> None:
          "worker pod w-1 ran out of memory (OOMKilled); give it more with kubernetes.worker.memory_gib"),
         (ended("OOMKilled", "ray-head", "state"),
          "worker pod w-1 ran out of memory (OOMKilled); give it more with kubernetes.head.memory_gib"),
+        (ended("OOMKilled", "ray-job-submitter"),
+         "worker pod w-1 ran out of memory (OOMKilled); give it more with kubernetes.pod_template"),
+        (ended("OOMKilled", "wait-gcs-ready"), "worker pod w-1 ran out of memory (OOMKilled)"),
+        ({"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed: no GPU"},
+         "worker pod w-1 was ended by Kubernetes (UnexpectedAdmissionError): Allocate failed: no GPU"),
+        ({"phase": "Running", "conditions": [{"type": "DisruptionTarget", "status": "True",
+          "reason": "DeletionByTaintManager", "message": "Taint manager: deleting due to NoExecute taint"}]},
+         "worker pod w-1 is being ended (DeletionByTaintManager): Taint manager: deleting due to NoExecute taint"),
         ({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."},
          "worker pod w-1 was ended by Kubernetes (Evicted): The node was low on resource: memory."),
         ({"phase": "Failed", "reason": "Preempted"}, "worker pod w-1 was ended by Kubernetes (Preempted)"),
@@ -148,15 +157,47 @@ def test_what_is_wrong_with_several_pods_is_told_once() -> None:
     )
 
 
+def test_what_is_over_is_not_told() -> None:
+    """Pods of the cluster before a retry, those that end, and a worker that ran out of memory an hour ago."""
+    old = pod("w-0", **unschedulable("no room"))
+    old["metadata"]["labels"]["ray.io/cluster"] = "distlm-a-1"
+    going = pod("w-1", **unschedulable("no room"))
+    going["metadata"]["deletionTimestamp"] = "2026-01-31T00:00:00Z"
+    late = pod("w-2", **ended("OOMKilled"))
+    late["status"]["containerStatuses"][0]["lastState"]["terminated"]["finishedAt"] = "2026-01-31T00:00:00Z"
+    found = Found(job("Initializing", rayClusterName="distlm-a-2"), pods=[old, going, late])
+    assert status_of(found).reason == ""
+
+
 def test_why_a_container_is_not_made_is_told_by_events() -> None:
     events = [
         warning("u-w-1", "FailedMount", "an older one"),
         warning("u-w-1", "FailedMount", 'MountVolume.SetUp failed: configmap "distlm-a" not found'),
+        warning("u-w-1", "FailedScheduling", "which is over"),
         warning("u-w-2", "FailedMount", "of another pod"),
     ]
     found = Found(job("Initializing"), pods=[pod("w-1", **waiting("ContainerCreating"))], events=events)
     text = 'worker pod w-1 does not start (FailedMount): MountVolume.SetUp failed: configmap "distlm-a" not found'
     assert status_of(found).reason == text
+
+
+def test_a_worker_that_waits_for_the_head_is_well() -> None:
+    status = waiting("PodInitializing")
+    status["initContainerStatuses"] = [{"name": "wait-gcs-ready", "state": {"running": {}}}]
+    events = [warning("u-w-1", "Unhealthy", "of before")]
+    assert status_of(Found(job("Initializing"), pods=[pod("w-1", **status)], events=events)).reason == ""
+
+
+def test_what_keeps_the_submitter_from_being_made_is_told() -> None:
+    event = warning("u-of-the-job", "FailedCreate", "pods is forbidden: exceeded quota")
+    event["involvedObject"]["kind"] = "Job"
+    pods = [pod("h", "head", phase="Running"), pod("w-1", phase="Running")]
+    reason = status_of(Found(job("Running"), pods=pods, events=[event])).reason
+    assert reason == "FailedCreate: pods is forbidden: exceeded quota"
+
+
+def test_a_retry_is_not_taken_for_a_new_job() -> None:
+    assert status_of(Found(job("", failed=1))).reason == ""
 
 
 def test_a_quota_that_keeps_the_pods_from_being_made_is_told() -> None:
