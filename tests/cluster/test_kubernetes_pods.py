@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def send(folder: Path) -> Sent:
     os.chdir(place.folder)
     overrides = [*SETTINGS, *OTHERS, f"kubernetes.storage.mount_path={place.folder}"]
     loaded: LoadedConfig = load_config(Path("run.yaml"), overrides, KubernetesLauncher().check_here)
-    sender = RunFolder(folder / "of-the-sender" / "20260131-235959-3fa9c1")
+    sender = RunFolder(folder.parent / "of-the-sender" / "20260131-235959-3fa9c1")
     create_run(loaded, sender)
     begin_attempt(loaded, sender, overrides)
     request = KubernetesLauncher().build(loaded.config, sender)
@@ -123,11 +123,14 @@ def test_a_run_outlives_its_pods(tmp_path: Path) -> None:
     run = sent.run
     with pods(sent) as first:
         job = submitter(sent, first, 1)
+        wait_until(lambda: run.attempts() or job.poll() is not None, 120, "the attempt")
+        assert job.poll() is None, job.communicate()
         wait_for_step(run, 20)
         first.pre_stop(first.worker)
         stopped = read_json(run.attempts()[-1].result_json)
         assert stopped is None, f"the run has ended with its worker pod: {stopped}"
-        first.worker.kill()
+        with suppress(psutil.NoSuchProcess):  # Ray ends a node that leaves when nothing runs on it
+            first.worker.kill()
         first.cluster.add_node(2, host=first.hosts[1])
         log = run.attempts()[-1].output_log
         wait_until(lambda: log.read_text().count("starting 2 workers") == 2, 120, "workers on the new pod")
