@@ -90,7 +90,8 @@ class KubernetesLauncher:
         name = name_of(config.name)
         header = [
             f'A run of {path} ("{config.name}") on Kubernetes: kubectl apply it. A RayJob is one run: made again after',
-            "it was deleted, it goes on from its newest checkpoint. For another run give another name (`name=...`).",
+            "it was deleted, it goes on from its newest checkpoint; when it has ended, only with a changed config. For",
+            "another run give another name (`name=...`).",
             "",
             "Printed by:",
             f"  distlm render {' '.join([str(path), *overrides])} --target kubernetes",
