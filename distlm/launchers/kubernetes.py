@@ -96,8 +96,9 @@ class KubernetesLauncher:
             "Printed by:",
             f"  distlm render {' '.join([str(path), *overrides])} --target kubernetes",
         ]
-        what = [f"{CONFIG_FOLDER}/{path.name}", *overrides]
-        return _request(config, header, manifests(config, name, what, {path.name: path.read_text("utf-8")}))
+        file = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)  # as a ConfigMap has it
+        what = [f"{CONFIG_FOLDER}/{file}", *overrides]
+        return _request(config, header, manifests(config, name, what, {file: path.read_text("utf-8")}))
 
     def submit(self, request: Request, folder: Path) -> Job:
         assert isinstance(request, KubernetesRequest)

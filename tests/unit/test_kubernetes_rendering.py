@@ -331,3 +331,16 @@ def test_names_of_kubernetes_have_dots(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml", ["kubernetes={worker.cpus: 3}"])
     with pytest.raises(InputError, match=r"kubernetes\.node_selector\.a\.b/c"):
         load_config(tmp_path / "run.yaml", ["kubernetes.node_selector={a.b/c: 3}"])
+
+
+def test_a_config_of_any_name_and_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = yaml.safe_dump(CONFIG, allow_unicode=True) + "# größer, with 'quotes', a trailing blank \n#\ttab: {x}\n"
+    (tmp_path / "my größe run.yaml").write_text(text)
+    assert main(["render", "my größe run.yaml", "name=größe #1", "--target", "kubernetes"]) == 0
+    config_map, *_, ray_job = read_manifests(capsys.readouterr().out)
+    assert config_map["data"] == {"my-gr--e-run.yaml": text}
+    assert ray_job["spec"]["entrypoint"].endswith("/etc/distlm/my-gr--e-run.yaml 'name=größe #1'")
+    assert [what for rule in RULES for what in rule(config_map)] == []
