@@ -36,7 +36,7 @@ class Scene:
             rank: WorkerProcess(rank, 100 + rank, f"host-{name}", name) for rank, name in enumerate(workers_on)
         }
         self._mailbox = SimpleNamespace(want_stop=SimpleNamespace(remote=self._want_stop))
-        self._cluster: Any = SimpleNamespace(device="cpu", cpus_per_worker=1)
+        self._cluster: Any = SimpleNamespace(device="cpu", cpus_per_worker=1, replaces_nodes=False)
 
     def _want_stop(self) -> None:
         self.num_stops += 1
@@ -103,6 +103,17 @@ def test_without_room_elsewhere_the_attempt_is_preempted(make: Any) -> None:
     assert scene.controller.stop.is_asked and not scene.controller.stop.is_urgent
     assert str(scene.controller.stop.error("stopped")) == "stopped (Ray drains host-b, and there is no room elsewhere)"
     assert not scene.controller._resizing
+
+
+def test_where_nodes_are_replaced_another_one_is_waited_for(make: Any) -> None:
+    """As on Kubernetes."""
+    scene = make("a", "b", possible=[2])
+    scene._cluster.replaces_nodes = True
+    scene.look(node("a"), node("b", is_draining=True))
+    assert scene.num_stops == 1 and scene.controller._resizing and not scene.controller.stop.is_asked
+    assert scene.said == ["Ray drains host-b: the workers save, and they go on when another one has come"]
+    scene.look(node("a"), after_s=10)
+    assert scene.num_stops == 1
 
 
 def test_who_does_not_train_yet_or_stops_anyway_is_left_alone(make: Any) -> None:
