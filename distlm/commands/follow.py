@@ -135,7 +135,10 @@ class _Follower:
         return None
 
     def _say_what_it_waits_for(self, job: KnownJob) -> None:
-        text = str(job) if job.status.state != JobState.RUNNING else f"{job.job.target} job {job.job.id} runs"
+        text = str(job)
+        if job.status.state == JobState.RUNNING:  # and may say for how long by now
+            problem = f"; {job.status.problem}" if job.status.problem else ""
+            text = f"{job.job.target} job {job.job.id} runs{problem}"
         if text != self._said:
             self._said = text
             self._view.show(make_event("note", message=text))

@@ -72,6 +72,8 @@ class JobStatus:
     """In the target's own word."""
     reason: str = ""
     """Why it is in that state, in the target's words and where needed in ours."""
+    problem: str = ""
+    """What of that is wrong, also while it runs; empty: nothing."""
 
     def __str__(self) -> str:
         word = f" ({self.target_state})" if self.target_state.lower() not in ("", self.state) else ""

@@ -82,8 +82,9 @@ def status_of(found: Found) -> JobStatus:
     state = _STATES.get(word, JobState.UNKNOWN)
     if word == "Running" and job_word in ("", "PENDING"):
         state = JobState.PENDING
-    reasons = [*_why(word, status, found), *(problems_of(found) if word != "ValidationFailed" else ())]
-    return JobStatus(state, _words(word, job_word), "; ".join(reasons))
+    problem = "; ".join(problems_of(found)) if word != "ValidationFailed" else ""
+    reason = "; ".join(filter(None, (*_why(word, status, found), problem)))
+    return JobStatus(state, _words(word, job_word), reason, problem)
 
 
 def _words(word: str, job_word: str) -> str:

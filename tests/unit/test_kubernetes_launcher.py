@@ -554,6 +554,11 @@ def test_a_run_is_followed_to_its_end(api: KubeApi, tmp_path: Path) -> None:
         api.set_log(NAMESPACE, "s-1", "sent to Ray: python\nattempt 1\nstep 1\n")
         api.set_status("rayjobs", name, RUNNING)
         wait_for("step 1")
+        ended = {"name": "ray-worker", "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+        ended |= {"ready": True, "restartCount": 1, "image": "i", "imageID": "i"}
+        api.set_status("pods", "w-1", {"containerStatuses": [ended]})
+        wait_for("runs; worker pod w-1 ran out of memory (OOMKilled)")
+        api.set_status("pods", "w-1", {"containerStatuses": None})
         api.delete("pods", "s-1")
         api.set_status("rayjobs", name, {"jobDeploymentStatus": "Retrying", "failed": 1})
         wait_for("it goes on with new pods (retry 1 of 3)")
