@@ -114,11 +114,13 @@ class _Follower:
 
     def _look(self, shows_ending: bool) -> int | None:
         """The exit code, if the run has ended. A target is not asked all the time."""
+        has_log = is_there(
+            self._attempt.output_log
+        )  # before, since what is known of a job that has ended is kept there
         job = find_job(self._run)
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
         is_over = False
-        if job is not None and (self._job_tail or not is_there(self._attempt.output_log)):
-            # Its folder is elsewhere, or it has made none yet.
+        if job is not None and not has_log:  # its folder is elsewhere, or it has made none yet
             self._job_tail = self._job_tail or _JobTail(self._run, job.job)
             self._show(self._job_tail.new_lines())
             is_over = end_if_final(self._run, job, self._job_tail.lines)

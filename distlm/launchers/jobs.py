@@ -91,6 +91,7 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
         write_json(attempt.result_json, result)
         return
     last_lines = "".join(f"; {line.strip()}" for line in lines[-_MAX_LOG_LINES:] if line.strip())
+    last_lines = last_lines or "; nothing that it has printed can be read here"
     message = f"the {known.job.target} job {known.job.id} has ended without a result ({known.status}){last_lines}"
     state = known.status.state
     if state == JobState.FAILED and is_there(attempt.cancel_json):
