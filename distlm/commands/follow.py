@@ -114,10 +114,8 @@ class _Follower:
 
     def _look(self, shows_ending: bool) -> int | None:
         """The exit code, if the run has ended. A target is not asked all the time."""
-        has_log = is_there(
-            self._attempt.output_log
-        )  # before, since what is known of a job that has ended is kept there
-        job = find_job(self._run)
+        has_log = is_there(self._attempt.output_log)
+        job = find_job(self._run)  # which keeps in that log what a job that has ended has printed
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
         is_over = False
         if job is not None and not has_log:  # its folder is elsewhere, or it has made none yet

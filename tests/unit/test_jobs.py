@@ -168,10 +168,8 @@ def test_a_job_that_could_not_say_how_it_ended_gets_a_result(
     assert known is not None and not known.is_alive
     result = read_json(attempt.result_json)
     assert (result["exit_code"], result["cause"]) == ENDS[state]
-    assert (
-        result["message"]
-        == f"the fake job 17 has ended without a result ({state} (GONE): exit code 1); nothing that it has printed can be read here"
-    )
+    how = f"({state} (GONE): exit code 1); nothing that it has printed can be read here"
+    assert result["message"] == f"the fake job 17 has ended without a result {how}"
     assert not left.exists()
     target.says = JobStatus(JobState.FAILED)
     find_job(run)
