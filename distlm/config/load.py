@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -246,20 +246,48 @@ class _FromEnvironment(str):
     """Text that an environment variable gave: read as a number or boolean where the schema asks for one."""
 
 
-def _expand(value: Any, key: Key, environ: Mapping[str, str], problems: list[tuple[Key, str]]) -> Any:
+def _variables_there(raw: Any, environ: Mapping[str, str]) -> tuple[Mapping[str, str], Set[str] | None]:
+    """The environment variables as the run has them, and the names of those that come to it; None: all.
+
+    Pods have no environment of a user's: what the config names for them, and nothing else.
+    """
+    pods = _mapping(_mapping(raw).get("kubernetes"))
+    if _mapping(_mapping(raw).get("resources")).get("target") != "kubernetes":
+        return environ, None
+    plain = {name: value for name, value in _mapping(pods.get("env")).items() if isinstance(value, str)}
+    secret = _mapping(raw).get("env")
+    names = {*plain, *(secret if isinstance(secret, list) else ())}
+    for template in ("pod_template", "head_template", "worker_template"):
+        for container in _mapping(_mapping(pods.get(template)).get("spec")).get("containers") or ():
+            if "envFrom" in _mapping(container):
+                return {**environ, **plain}, None
+            names |= {_mapping(one).get("name") for one in _mapping(container).get("env") or ()}
+    return {**environ, **plain}, names
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _expand(
+    value: Any, key: Key, environ: Mapping[str, str], passed_on: Set[str] | None, problems: list[tuple[Key, str]]
+) -> Any:
     if isinstance(value, dict):
-        return {name: _expand(item, (*key, name), environ, problems) for name, item in value.items()}
+        return {name: _expand(item, (*key, name), environ, passed_on, problems) for name, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, (*key, index), environ, problems) for index, item in enumerate(value)]
+        return [_expand(item, (*key, index), environ, passed_on, problems) for index, item in enumerate(value)]
     if not isinstance(value, str) or "${" not in value:
         return value
     names = _VARIABLE.findall(value)
     if len(names) != value.count("${"):
         problems.append((key, "has a '${' that does not begin a ${NAME} of letters, digits and underscores"))
         return value
-    missing = [name for name in names if name not in environ]
-    if missing:
+    if missing := [name for name in names if name not in environ]:
         problems.append((key, f"environment variable {', '.join(missing)} is not set"))
+        return value
+    if strange := [name for name in names if passed_on is not None and name not in passed_on]:
+        how = "name it under `env`, or give it in kubernetes.env"
+        problems.append((key, f"environment variable {', '.join(strange)} is not passed on to the pods; {how}"))
         return value
     return _FromEnvironment(_VARIABLE.sub(lambda match: environ[match[1]], value))
 
@@ -267,7 +295,7 @@ def _expand(value: Any, key: Key, environ: Mapping[str, str], problems: list[tup
 def expanded(value: Any, key: str, environ: Mapping[str, str] = os.environ) -> Any:
     """A part of a tree, which stands at `key`, with its `${VAR}` expanded. Raises InputError for those not set."""
     problems: list[tuple[Key, str]] = []
-    result = _expand(value, tuple(key.split(".")), environ, problems)
+    result = _expand(value, tuple(key.split(".")), environ, None, problems)
     if problems:
         raise InputError(*(Problem(message, _dotted(place), _shown(value)) for place, message in problems))
     return result
@@ -331,7 +359,7 @@ def _validate(
 
     problems = [*problems, *(located(Problem(_SECRET, _dotted(key))) for key in _secrets(raw, ()))]
     unset: list[tuple[Key, str]] = []
-    tree = _expand(raw, (), environ, unset)
+    tree = _expand(raw, (), *_variables_there(raw, environ), unset)
     problems = [*problems, *(located(Problem(message, _dotted(key))) for key, message in unset)]
     config, errors = _try(tree)
     if errors and _parse_from_environment(tree, errors):

@@ -344,3 +344,31 @@ def test_a_config_of_any_name_and_text(
     assert config_map["data"] == {"my-gr--e-run.yaml": text}
     assert ray_job["spec"]["entrypoint"].endswith("/etc/distlm/my-gr--e-run.yaml 'name=größe #1'")
     assert [what for rule in RULES for what in rule(config_map)] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "is_refused"),
+    [
+        ("name=a", True),
+        ("env=[DATA]", False),
+        ("kubernetes.env={DATA: /storage/there}", False),
+        ("kubernetes.pod_template={spec: {containers: [{name: ray-head, env: [{name: DATA, value: /d}]}]}}", False),
+        ("kubernetes.head_template={spec: {containers: [{name: ray-head, envFrom: []}]}}", False),
+        ("resources.target=slurm", False),
+    ],
+)
+def test_variables_of_the_config_are_those_of_the_pods(
+    monkeypatch: pytest.MonkeyPatch, override: str, is_refused: bool
+) -> None:
+    """What is set here is not there by itself; what is given for the pods need not be set here."""
+    monkeypatch.setenv("DATA", "/here")
+    tree = {**CONFIG, "data": {"train": [{"source": "files", "paths": ["${DATA}/text.txt"]}]}}
+    if is_refused:
+        with pytest.raises(InputError, match=r"data\.train\.0\.paths\.0.*DATA is not passed on to the pods; name it"):
+            load_tree(tree, [override])
+        return
+    paths = load_tree(tree, [override]).config.data.train[0].paths
+    assert paths == ["/storage/there/text.txt" if "kubernetes.env" in override else "/here/text.txt"]
+    monkeypatch.delenv("DATA")
+    if "kubernetes.env" in override:
+        assert load_tree(tree, [override]).config.data.train[0].paths == paths
