@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -94,7 +95,7 @@ class KubernetesLauncher:
             "another run give another name (`name=...`).",
             "",
             "Printed by:",
-            f"  distlm render {' '.join([str(path), *overrides])} --target kubernetes",
+            f"  distlm render {shlex.join([str(path), *overrides])} --target kubernetes",
         ]
         file = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)  # as a ConfigMap has it
         what = [f"{CONFIG_FOLDER}/{file}", *overrides]
