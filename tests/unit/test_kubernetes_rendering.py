@@ -372,3 +372,11 @@ def test_variables_of_the_config_are_those_of_the_pods(
     monkeypatch.delenv("DATA")
     if "kubernetes.env" in override:
         assert load_tree(tree, [override]).config.data.train[0].paths == paths
+
+
+def test_the_example_of_the_page() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    *_, ray_job = rendered(example["resources"], {**example["kubernetes"], "env_secret": "s"}, env=example["env"])
+    assert [what for rule in RULES for what in rule(ray_job)] == []
+    assert pod_specs(ray_job)["worker"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
