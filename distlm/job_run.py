@@ -14,13 +14,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from distlm.checkpoint.store import CheckpointStore
-from distlm.config.attempt import begin_attempt, changed_config, create_run
+from distlm.config.attempt import Attempt, accepted_attempts, begin_attempt, changed_config, create_run
 from distlm.config.load import load_config
 from distlm.config.resolve import refuse_changes, resolved_tree
 from distlm.config.schema import RunConfig
 from distlm.console import say
-from distlm.errors import Cause, ExitCode, InfrastructureError, InputError, Problem
+from distlm.errors import Cancelled, Cause, DistlmError, ExitCode, InfrastructureError, InputError, Preempted, Problem
 from distlm.launchers.base import JOB_GOES_ON_AFTER, Job
 from distlm.launchers.carried import ATTEMPT_YAML, NEWEST_STEP, RUN_YAML
 from distlm.launchers.local import end_abandoned, tell_mlflow
@@ -28,6 +30,7 @@ from distlm.outcome import Outcome
 from distlm.run_folder import (
     AttemptFolder,
     RunFolder,
+    is_there,
     lease,
     new_run_id,
     read_json,
@@ -89,10 +92,11 @@ def config_of_job(config: Path, overrides: Sequence[str], name: JobName) -> dict
 def changes_by_config(run: RunFolder, now: dict[str, Any], name: JobName) -> list[str]:
     """What the config of a job says otherwise than when it has last begun an attempt of the run, as overrides of the
     run's config, a section in each. Raises InputError for what would make it another run."""
-    noted = [attempt.job_config_yaml for attempt in reversed(run.attempts()) if attempt.job_config_yaml.exists()]
+    noted = [attempt for attempt in run.attempts() if attempt.job_config_yaml.exists()]
     if not noted:
         return []
-    then = read_yaml(noted[0])
+    in_force = [attempt for attempt in accepted_attempts(run) if attempt in noted]  # what is refused changes nothing
+    then = read_yaml((in_force[-1] if in_force else noted[0]).job_config_yaml)
     if refused := list(refuse_changes(then, now)):
         what = f"the job {name.id} has made run {run.run_id} of another config; give it another name for another run"
         raise InputError(*refused, what)
@@ -108,10 +112,7 @@ def run_of_files(folder: Path, files: Mapping[str, str], name: JobName) -> RunFo
         _require_same_steps(run, int(files[NEWEST_STEP]))
         if not run.run_yaml.exists():
             write_atomically(run.run_yaml, files[RUN_YAML])
-        if not any(map(name.is_of, run.attempts())) and not _is_made(run, files[ATTEMPT_YAML]):
-            with lease_in_time(run):
-                _end_newest(run, "the job before this one has ended without a result")
-                write_atomically(run.new_attempt().attempt_yaml, files[ATTEMPT_YAML])
+        _place_attempt(run, files[ATTEMPT_YAML], name)
     except OSError as error:
         raise InputError(
             f"the run's folder {folder} cannot be made on {os.uname().nodename}: {error.strerror}; set runs_dir to a "
@@ -129,12 +130,18 @@ def _require_same_steps(run: RunFolder, newest_of_sender: int) -> None:
         )
 
 
-def _is_made(run: RunFolder, attempt_yaml: str) -> bool:
-    """Whether the newest attempt is the one that travelled, which waits to begin."""
-    newest = run.attempts()[-1] if run.attempts() else None
-    if newest is None or _has_begun(newest) or not newest.attempt_yaml.exists():
-        return False
-    return newest.attempt_yaml.read_text(encoding="utf-8") == attempt_yaml
+def _place_attempt(run: RunFolder, attempt_yaml: str, name: JobName) -> None:
+    """Make the attempt that travelled, unless the job has begun it before. Where the sender sees the folder it is
+    there, and its paths are seen from elsewhere here."""
+    waits = [attempt for attempt in run.attempts()[-1:] if not _has_begun(attempt) and attempt.attempt_yaml.exists()]
+    token = yaml.safe_load(attempt_yaml).get("token")
+    if token and [Attempt.read(attempt).token for attempt in waits] == [token]:
+        return write_atomically(waits[0].attempt_yaml, attempt_yaml)
+    if any(map(name.is_of, run.attempts())):
+        return
+    with lease_in_time(run):
+        _end_newest(run, "the job before this one has ended without a result")
+        write_atomically(run.new_attempt().attempt_yaml, attempt_yaml)
 
 
 def _has_begun(attempt: AttemptFolder) -> bool:
@@ -156,6 +163,7 @@ def next_attempt(
     why_abandoned: str,
     changes: Sequence[str] = (),
     max_starts: Callable[[RunConfig], int] | None = None,
+    ray_cluster: str = "",
 ) -> AttemptFolder:
     """The one that was made for this job, or a new one after one that has ended, which is `why_abandoned` if it could
     not say how.
@@ -163,34 +171,53 @@ def next_attempt(
     Args:
         changes: overrides that come with it, by `changes_by_config`.
         max_starts: of the job without a step that was saved; None: its target counts itself.
+        ray_cluster: on which they are counted: KubeRay counts those on others.
 
     Raises:
         InputError: another controller has the run, or the newest attempt waits for another job.
+        Cancelled, Preempted: the user has asked the attempt to end that could not say how it ended.
         InfrastructureError: the job has begun that often in a row, and none of its starts has saved a step.
     """
     if not run.attempts():
         raise InputError(f"the run's folder {run.path} has no attempt")
     newest = run.attempts()[-1]
     if not _has_begun(newest):
-        if (other := Job.read(newest)) is not None and not name.is_of(newest):
+        other = Job.read(newest)
+        # Under Slurm a script may be sent anew by hand.
+        if other is not None and not name.is_of(newest) and (name.target, other.target) != ("slurm", "slurm"):
             raise InputError(f"run {run.run_id} is to go on in another job, {other.target} {other.id}")
-        return newest
+        if not changes:
+            return newest
     loaded, changes_so_far = changed_config(run, list(changes), check)
     if loaded.config.resources.target != name.target:
         loaded, changes_so_far = changed_config(run, [*changes, name.override], check)
     with lease_in_time(run):
-        _end_newest(run, why_abandoned)
-        if max_starts and (num_starts := starts_in_vain(run, name)) >= max_starts(loaded.config):
+        if (asked := _end_newest(run, why_abandoned)) is not None:
+            tell_mlflow(newest)
+            raise asked
+        if max_starts and (num_starts := starts_in_vain(run, name, ray_cluster)) >= max_starts(loaded.config):
             tell_mlflow(newest)
             raise InfrastructureError(f"no step was saved in {num_starts} starts of the job in a row; it ends here")
         return begin_attempt(loaded, run, [], changes=changes_so_far)
 
 
-def _end_newest(run: RunFolder, why: str) -> None:
-    """Of an attempt that could not say how it ended. Its lease is ours."""
-    attempts = run.attempts()
-    if attempts and not attempts[-1].result_json.exists():
-        end_abandoned(attempts[-1], Outcome(ExitCode.INFRASTRUCTURE, why, cause=Cause.INFRASTRUCTURE))
+def _end_newest(run: RunFolder, why: str) -> DistlmError | None:
+    """Of an attempt that could not say how it ended. Its lease is ours. How the user had asked it to end; None: not."""
+    newest = run.attempts()[-1] if run.attempts() else None
+    if newest is None or newest.result_json.exists():
+        return None
+    if (request := user_request(newest)) is None:
+        end_abandoned(newest, Outcome(ExitCode.INFRASTRUCTURE, why, cause=Cause.INFRASTRUCTURE))
+        return None
+    asked = (Preempted if request.get("save") else Cancelled)(f"asked to end by distlm cancel; {why}")
+    end_abandoned(newest, Outcome.of(asked))
+    return asked
+
+
+def user_request(attempt: AttemptFolder) -> dict[str, Any] | None:
+    """What `distlm cancel` has asked of the attempt; None: nothing, or it was a pod that is about to end."""
+    request = read_json(attempt.cancel_json) if is_there(attempt.cancel_json) else None
+    return request if isinstance(request, dict) and "reason" not in request else None
 
 
 def jobs_of(run: RunFolder, name: JobName) -> list[Job]:
@@ -198,11 +225,11 @@ def jobs_of(run: RunFolder, name: JobName) -> list[Job]:
     return [job for attempt in run.attempts() if name.is_of(attempt) and (job := Job.read(attempt)) is not None]
 
 
-def starts_in_vain(run: RunFolder, name: JobName) -> int:
-    """How many of the job's newest starts began where the run still is."""
+def starts_in_vain(run: RunFolder, name: JobName, ray_cluster: str = "") -> int:
+    """How many of the job's newest starts, on that Ray cluster where it is named, began where the run still is."""
     newest_step = CheckpointStore(run.checkpoints).newest_step()
     begun_at: dict[int, int] = {}
-    for job in jobs_of(run, name):
+    for job in (job for job in jobs_of(run, name) if job.ray_cluster == ray_cluster):
         begun_at.setdefault(job.num_restarts, job.from_step)
     steps = [begun_at[start] for start in sorted(begun_at, reverse=True)]
     return sum(1 for _ in takewhile(lambda step: step == newest_step, steps))

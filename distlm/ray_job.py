@@ -30,6 +30,7 @@ from distlm.job_run import (
     next_attempt,
     run_of_config,
     run_of_files,
+    user_request,
 )
 from distlm.launchers.base import Job
 from distlm.launchers.carried import ATTEMPT_FILES, JOB, line_of_error, result_line
@@ -86,10 +87,8 @@ def _carried_files(carried: str | None, what: Path) -> Mapping[str, str]:
 def _final_code(run: RunFolder) -> ExitCode | None:
     """Also of a run that the user has stopped, saved, while its target is to begin it again after such an end."""
     newest = run.attempts()[-1]
-    if newest.result_json.exists() and is_there(newest.cancel_json):
-        request = read_json(newest.cancel_json)
-        if isinstance(request, dict) and "reason" not in request:
-            return ExitCode(read_json(newest.result_json)["exit_code"])
+    if newest.result_json.exists() and user_request(newest) is not None:
+        return ExitCode(read_json(newest.result_json)["exit_code"])
     return final_code(run)
 
 
@@ -104,12 +103,13 @@ def _run(run: RunFolder, name: JobName, config: dict[str, Any] | None, changes: 
     launcher = queue_launcher(name.target)
     assert launcher is not None
     max_starts = _max_starts if name.target == "kubernetes" else None
-    attempt = next_attempt(run, name, launcher.check, _ABANDONED, changes, max_starts)
+    ray_cluster = os.environ.get("RAY_CLUSTER_NAME", "") if name.target == "kubernetes" else ""
+    attempt = next_attempt(run, name, launcher.check, _ABANDONED, changes, max_starts, ray_cluster)
     attempt.logs.mkdir(exist_ok=True)
     if config is not None:
         write_yaml(attempt.job_config_yaml, config)
     if name != _NO_JOB and not is_there(attempt.job_json):  # else the sender has written it
-        _write_job(run, attempt, name)
+        _write_job(run, attempt, name, ray_cluster)
     with suppress(OSError):  # what is missing there is named by who needs it
         os.chdir(Attempt.read(attempt).working_directory)
     return wait_for_attempt(run, attempt, KeptView(PlainView(sys.stdout)), LocalLauncher(), shows_ending=True)
@@ -119,12 +119,12 @@ def _max_starts(config: RunConfig) -> int:
     return config.kubernetes.max_retries + 1
 
 
-def _write_job(run: RunFolder, attempt: AttemptFolder, name: JobName) -> None:
+def _write_job(run: RunFolder, attempt: AttemptFolder, name: JobName, ray_cluster: str) -> None:
     before = jobs_of(run, name)
     job = before[-1] if before else Job(name.target, name.id, folder=str(run.path))
     num_restarts = job.num_restarts + 1 if before else 0
     newest_step = CheckpointStore(run.checkpoints).newest_step()
-    replace(job, num_restarts=num_restarts, from_step=newest_step).write(attempt)
+    replace(job, num_restarts=num_restarts, from_step=newest_step, ray_cluster=ray_cluster).write(attempt)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def cancel(options: argparse.Namespace) -> int:
         time.sleep(_LOOK_INTERVAL_S)
         if job is not None and time.monotonic() >= look_s:
             is_asked = _end_out_of_sight(run, attempt, saves=options.checkpoint, is_asked=is_asked)
-            look_s = time.monotonic() + (_ASK_INTERVAL_S if is_asked else _SIGN_OF_LIFE_S)
+            look_s = time.monotonic() + (_ASK_INTERVAL_S if is_asked or is_elsewhere else _SIGN_OF_LIFE_S)
     result = read_json(attempt.result_json)
     # A training that has ended meanwhile needs no end, and one that was stopped more gently has one.
     asked = {ExitCode.SUCCEEDED, ExitCode.PREEMPTED} | (set() if options.checkpoint else {ExitCode.CANCELLED})
@@ -77,10 +77,9 @@ def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool, is
     job = find_job(run)
     if job is None or not job.is_alive or is_there(attempt.handle_json):
         return is_asked
-    if not is_asked:
-        job.cancel(saves=saves)
+    is_asked = is_asked or job.cancel(saves=saves)
     end_if_final(run, job, job_output(run, job.job).splitlines())
-    return True
+    return is_asked
 
 
 def _cancel_in_queue(run: RunFolder, attempt: AttemptFolder, known: KnownJob, as_json: bool) -> int:

@@ -18,7 +18,7 @@ from distlm.console import say
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.launchers.base import Job, JobState
 from distlm.launchers.carried import RESULT_PREFIX
-from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output, tell_target_of_end
 from distlm.launchers.supervise import ending_lines, say_ending
 from distlm.launchers.targets import queue_launcher
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json
@@ -118,7 +118,9 @@ class _Follower:
         job = find_job(self._run)  # which keeps in that log what a job that has ended has printed
         self._next_ask_s = time.monotonic() + (_ASK_JOB_INTERVAL_S if job else _ASK_INTERVAL_S)
         is_over = False
-        if job is not None and not has_log:  # its folder is elsewhere, or it has made none yet
+        if has_log:
+            self._job_tail = None  # it may have shown what the job printed before there was a log of the run
+        elif job is not None:  # its folder is elsewhere, or it has made none yet
             self._job_tail = self._job_tail or _JobTail(self._run, job.job)
             self._show(self._job_tail.new_lines())
             is_over = end_if_final(self._run, job, self._job_tail.lines)
@@ -151,6 +153,7 @@ class _Follower:
             time.sleep(_LOOK_INTERVAL_S)
             self._show_new_lines()
         self._view.show(make_event("result", **result))
+        tell_target_of_end(self._run)
         if shows_ending and not is_told:
             say_ending(lines, result["exit_code"])
         self._view.close()

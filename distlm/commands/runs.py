@@ -46,7 +46,7 @@ from distlm.config.load import expanded
 from distlm.console import printable, say, shown_path
 from distlm.errors import DistlmError, ExitCode, InputError
 from distlm.launchers.base import Job, JobState, JobStatus
-from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output, tell_target_of_end
 from distlm.metrics_file import finite, read_backwards
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.outcome import Retry, on_rank
@@ -79,6 +79,7 @@ def list_runs(options: argparse.Namespace) -> int:
 def status(options: argparse.Namespace) -> int:
     run = find_run(options.runs_dir, options.run)
     one, job = _with_job(run_status(run))
+    tell_target_of_end(run)
     details = _details(one, job)
     if options.json:
         say(json.dumps(finite(details), indent=2))

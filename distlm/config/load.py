@@ -255,14 +255,19 @@ def _variables_there(raw: Any, environ: Mapping[str, str]) -> tuple[Mapping[str,
     if _mapping(_mapping(raw).get("resources")).get("target") != "kubernetes":
         return environ, None
     plain = {name: value for name, value in _mapping(pods.get("env")).items() if isinstance(value, str)}
-    secret = _mapping(raw).get("env")
-    names = {*plain, *(secret if isinstance(secret, list) else ())}
+    there = {**environ, **plain}
+    there |= {name: _VARIABLE.sub(lambda match: there.get(match[1], match[0]), value) for name, value in plain.items()}
+    names = {*plain, *(name for name in _list(_mapping(raw).get("env")) if isinstance(name, str))}
     for template in ("pod_template", "head_template", "worker_template"):
-        for container in _mapping(_mapping(pods.get(template)).get("spec")).get("containers") or ():
-            if "envFrom" in _mapping(container):
-                return {**environ, **plain}, None
-            names |= {_mapping(one).get("name") for one in _mapping(container).get("env") or ()}
-    return {**environ, **plain}, names
+        for container in map(_mapping, _list(_mapping(_mapping(pods.get(template)).get("spec")).get("containers"))):
+            if "envFrom" in container:
+                return there, None
+            names |= {str(_mapping(one).get("name")) for one in _list(container.get("env"))}
+    return there, names
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class Job:
     """Of the cluster, where the target has several."""
     folder: str = ""
     """The run's folder as the job sees it, where that may be another one than here."""
+    ray_cluster: str = ""
+    """That KubeRay made for this start."""
 
     def write(self, folder: AttemptFolder) -> None:
         write_json(folder.job_json, asdict(self))
@@ -146,9 +148,9 @@ class QueueLauncher(Launcher, Protocol):
         """What the job has printed so far, as far as that is known here."""
         ...
 
-    def cancel(self, job: Job, *, saves: bool) -> None:
-        """Take it from the queue, or end it, where the target can ask for that, after it `saves`. Raises DistlmError
-        where the target refuses."""
+    def cancel(self, job: Job, *, saves: bool) -> bool:
+        """Take it from the queue, or end it, where the target can ask for that, after it `saves`. False: it cannot be
+        asked yet. Raises DistlmError where the target refuses."""
         ...
 
     def no_more_starts(self, job: Job) -> None:

@@ -34,10 +34,10 @@ class KnownJob:
         """It is known to have the run's folder at another place than here."""
         return self.job.folder not in ("", str(run.path))
 
-    def cancel(self, *, saves: bool) -> None:
-        """Raises DistlmError where the target refuses."""
-        if (launcher := queue_launcher(self.job.target)) is not None:
-            launcher.cancel(self.job, saves=saves)
+    def cancel(self, *, saves: bool) -> bool:
+        """See `distlm.launchers.base.QueueLauncher`. Raises DistlmError where the target refuses."""
+        launcher = queue_launcher(self.job.target)
+        return launcher is not None and launcher.cancel(self.job, saves=saves)
 
     def no_more_starts(self) -> None:
         """See `distlm.launchers.base.QueueLauncher`; as far as the target takes it."""
@@ -78,6 +78,14 @@ def end_if_final(run: RunFolder, known: KnownJob, lines: Sequence[str]) -> bool:
     _keep(lines, attempt)
     write_json(attempt.result_json, result)
     return True
+
+
+def tell_target_of_end(run: RunFolder) -> None:
+    """A run that has ended for good, without success, is not to be begun again by a target that does not know it."""
+    attempts = run.attempts()
+    job, result = (Job.read(attempts[-1]), read_json(attempts[-1].result_json)) if attempts else (None, None)
+    if job is not None and result is not None and result["exit_code"] not in (*JOB_GOES_ON_AFTER, ExitCode.SUCCEEDED):
+        KnownJob(job, JobStatus(JobState.UNKNOWN)).no_more_starts()
 
 
 def _settle(run: RunFolder, known: KnownJob) -> None:

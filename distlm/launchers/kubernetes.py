@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distlm.config.attempt import Attempt
+from distlm.checkpoint.store import CheckpointStore
+from distlm.config.attempt import Attempt, accepted_attempts
 from distlm.config.resolve import contradictions
 from distlm.config.schema import RunConfig
-from distlm.errors import DistlmError, InfrastructureError, InputError, Problem
+from distlm.errors import DistlmError, ExitCode, InfrastructureError, InputError, Problem
 from distlm.launchers.base import Job, JobState, JobStatus, Request
 from distlm.launchers.carried import carried_files
 from distlm.launchers.kubernetes_api import AlreadyThereError, CommandError, KubernetesApi, NotThereError
@@ -137,20 +138,23 @@ class KubernetesLauncher:
         except DistlmError:
             return ""
 
-    def cancel(self, job: Job, *, saves: bool) -> None:
+    def cancel(self, job: Job, *, saves: bool) -> bool:
         """By a command in the head pod; where that cannot be, the RayJob is deleted, and its pods save as they end."""
         api, name = _api_and_name(job)
         if self.status(job).state != JobState.RUNNING:
-            return api.delete("RayJob", name)
+            api.delete("RayJob", name)
+            return True
         api.no_more_retries(name)
         command = ["cancel", job.folder, "--timeout=0", *(["--checkpoint"] if saves else [])]
         try:
             for _ in self._in_head_pod(api, name, command):
                 pass
-        except CommandError:  # it has been asked, and has not ended at once
-            pass
+        except CommandError as error:
+            return error.exit_code_there == ExitCode.INFRASTRUCTURE  # it is asked, and has not ended within no time
         except DistlmError:
             api.delete("RayJob", name)
+            return True
+        return False  # what it says has ended is the attempt before
 
     def no_more_starts(self, job: Job) -> None:
         api, name = _api_and_name(job)
@@ -198,14 +202,17 @@ def _undo(api: KubernetesApi, made: Sequence[Manifest]) -> list[str]:
 
 def _folder_in_pods(config: RunConfig, run: RunFolder, working_directory: str) -> str:
     """The run's folder as the pods see it: where it was, or where it is here, if they see that, or a new one."""
-    jobs = [Job.read(attempt) for attempt in reversed(run.attempts())]
+    is_here = PurePosixPath(run.path).is_relative_to(config.kubernetes.storage.mount_path)
+    if is_here and CheckpointStore(run.checkpoints).newest_step():
+        return str(run.path)
+    jobs = [Job.read(attempt) for attempt in reversed(accepted_attempts(run))]
     known = [job.folder for job in jobs if job is not None and job.target == "kubernetes" and job.folder]
     if known:
         if not any(map(PurePosixPath(known[0]).is_relative_to, _mounts(config))):
             message = f"the run is in {known[0]} of the pods, which is on none of their storage now"
             raise InputError(Problem(message, "kubernetes.storage.mount_path", config.kubernetes.storage.mount_path))
         return known[0]
-    if PurePosixPath(run.path).is_relative_to(config.kubernetes.storage.mount_path):
+    if is_here:
         return str(run.path)
     return folder_in_pods(config, run.run_id, working_directory)
 

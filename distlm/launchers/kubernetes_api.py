@@ -67,6 +67,11 @@ class AlreadyThereError(InputError):
 class CommandError(InfrastructureError):
     """A command in a pod was run, and has not succeeded."""
 
+    def __init__(self, message: str, exit_code_there: int | None = None) -> None:
+        """`exit_code_there`: None: it was cut off."""
+        self.exit_code_there = exit_code_there
+        super().__init__(message)
+
 
 class KubernetesApi:
     """One namespace of one cluster."""
@@ -226,7 +231,7 @@ class KubernetesApi:
                 why = errors.strip() or str(error) or type(error).__name__
                 raise CommandError(f"the command in the pod {pod} was cut off: {why}") from None
         if code:
-            raise CommandError(f"in the pod {pod}: {errors.strip() or f'exit code {code}'}")
+            raise CommandError(f"in the pod {pod}: {errors.strip() or f'exit code {code}'}", code)
 
     @contextmanager
     def _words(self, what: str) -> Iterator[None]:

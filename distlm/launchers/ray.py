@@ -120,9 +120,10 @@ class RayLauncher:
             return ""
         return text
 
-    def cancel(self, job: Job, *, saves: bool) -> None:
+    def cancel(self, job: Job, *, saves: bool) -> bool:
         """Whoever is stopped by Ray saves."""
         self._ask(job.address, lambda client: client.stop_job(job.id))
+        return True
 
     def no_more_starts(self, job: Job) -> None:
         return

@@ -92,10 +92,11 @@ class SlurmLauncher:
         except OSError:
             return ""
 
-    def cancel(self, job: Job, *, saves: bool) -> None:
+    def cancel(self, job: Job, *, saves: bool) -> bool:
         answer = _ask(("scancel", job.id))
         if answer.returncode != 0:
             raise InfrastructureError(f"scancel {job.id}: {_words(answer)}")
+        return True
 
     def no_more_starts(self, job: Job) -> None:
         return

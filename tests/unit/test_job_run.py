@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from made_runs import CONFIG, end, held_lease, make_attempt, make_run
 
 from distlm.config.attempt import Attempt, load_attempt
-from distlm.errors import ExitCode, InfrastructureError, InputError
+from distlm.errors import Cancelled, ExitCode, InfrastructureError, InputError, Preempted
 from distlm.job_run import (
     JobName,
     changes_by_config,
@@ -68,10 +69,15 @@ def test_the_run_and_its_attempt_are_made(sent: RunFolder, there: Path) -> None:
     assert following(run) == attempt
 
 
-def test_who_sees_the_same_folder_needs_nothing_made(sent: RunFolder) -> None:
-    before = sorted(sent.path.rglob("*"))
-    assert run_of_files(sent.path, carried_files(sent), NAME) == sent
-    assert len(sent.attempts()) == 1 and set(before) <= set(sent.path.rglob("*"))
+@pytest.mark.parametrize("has_written_its_job", [True, False])
+def test_who_sees_the_same_folder_needs_nothing_made(sent: RunFolder, has_written_its_job: bool) -> None:
+    """But for where the config's relative paths are seen from there."""
+    if has_written_its_job:
+        Job(NAME.target, NAME.id, address="there").write(sent.attempts()[0])
+    assert run_of_files(sent.path, carried_files(sent, "/storage"), NAME) == sent
+    (attempt,) = sent.attempts()
+    assert Attempt.read(attempt).working_directory == "/storage"
+    assert following(sent) == attempt
 
 
 def test_a_job_that_begins_again_gets_no_attempt_of_its_files(sent: RunFolder, there: Path) -> None:
@@ -221,6 +227,49 @@ def test_a_reference_to_another_run_is_compared_as_it_is_written(config_file: Pa
         begin_by_config(config_file, ["model={name_or_path: run:another}", "tokenizer={}"])
 
 
+def test_changes_of_an_attempt_that_was_refused_come_again(config_file: Path) -> None:
+    run, first = begin_by_config(config_file, [])
+    end(first, ExitCode.SUCCEEDED)
+    _, refused = begin_by_config(config_file, ["training.max_steps=200", "deepspeed.zero_stage=3"])
+    end(refused, ExitCode.BAD_INPUT)
+    _, third = begin_by_config(config_file, ["training.max_steps=200"])
+    config = load_attempt(run, third).config
+    assert (config.training.max_steps, config.deepspeed.zero_stage) == (200, 2)
+
+
+def test_changes_come_too_where_the_attempt_before_has_not_begun(config_file: Path) -> None:
+    run, _ = begin_by_config(config_file, [])
+    waits = following(run)
+    _, attempt = begin_by_config(config_file, ["training.max_steps=200"])
+    assert attempt.number == waits.number + 1 and waits.result_json.exists()
+    assert load_attempt(run, attempt).config.training.max_steps == 200
+
+
+@pytest.mark.parametrize(("saves", "code"), [(True, ExitCode.PREEMPTED), (False, ExitCode.CANCELLED)])
+def test_what_the_user_asked_to_end_is_not_begun_again(config_file: Path, saves: bool, code: ExitCode) -> None:
+    """The head was lost before the controller could act on it."""
+    run, attempt = begin_by_config(config_file, [])
+    write_json(attempt.cancel_json, {"save": saves})
+    with pytest.raises((Preempted, Cancelled), match="asked to end by distlm cancel; the head was lost") as error:
+        following(run)
+    assert error.value.exit_code == read_json(attempt.result_json)["exit_code"] == code
+    assert len(run.attempts()) == 1
+
+
+def test_a_pod_that_ends_is_no_request_of_the_user(config_file: Path) -> None:
+    run, attempt = begin_by_config(config_file, [])
+    write_json(attempt.cancel_json, {"save": True, "reason": "the head pod is about to end"})
+    assert following(run).number == 2
+
+
+def test_under_slurm_a_script_may_be_sent_again_by_hand(config_file: Path) -> None:
+    run, attempt = begin_by_config(config_file, [])
+    end(attempt, ExitCode.PREEMPTED)
+    waits = make_attempt(run)
+    Job("slurm", "17").write(waits)
+    assert next_attempt(run, JobName("slurm", "18"), RayLauncher().check, "lost") == waits
+
+
 def test_an_attempt_that_waits_for_another_job_is_left_to_it(config_file: Path) -> None:
     run, attempt = begin_by_config(config_file, [])
     end(attempt, ExitCode.PREEMPTED)
@@ -255,6 +304,21 @@ def test_a_job_that_saves_nothing_in_its_starts_ends(run: RunFolder) -> None:
     with pytest.raises(InfrastructureError, match="no step was saved in 3 starts"):
         following(run)
     assert [read_json(one.result_json)["exit_code"] for one in run.attempts()] == [3, 3, 3]
+
+
+def test_starts_on_other_clusters_are_counted_by_their_maker(run: RunFolder) -> None:
+    """KubeRay, which begins anew where a RayJob is deleted and applied again."""
+    for number in range(6):
+        begin_start(run, number)
+        job = Job.read(run.attempts()[-1])
+        assert job is not None
+        replace(job, ray_cluster=f"distlm-tiny-{number // 3}").write(run.attempts()[-1])
+        if number % 3 == 2:
+            with pytest.raises(InfrastructureError, match="no step was saved in 3 starts"):
+                next_attempt(run, NAME, RayLauncher().check, "lost", (), lambda _: 3, f"distlm-tiny-{number // 3}")
+            make_attempt(run)
+        else:
+            assert next_attempt(run, NAME, RayLauncher().check, "lost", (), lambda _: 3, f"distlm-tiny-{number // 3}")
 
 
 def test_attempts_in_one_start_are_not_counted(run: RunFolder) -> None:

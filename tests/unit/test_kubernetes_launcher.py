@@ -17,6 +17,7 @@ from kube_api import NAMESPACE, KubeApi
 from made_runs import clean_environment as environment
 from made_runs import distlm, end, make_run
 
+from distlm.commands.follow import _Follower
 from distlm.config.attempt import Attempt, begin_attempt
 from distlm.config.load import load_tree
 from distlm.errors import ExitCode, InfrastructureError, InputError
@@ -25,6 +26,7 @@ from distlm.launchers.carried import RESULT_PREFIX
 from distlm.launchers.kubernetes import KubernetesLauncher, KubernetesRequest
 from distlm.launchers.kubernetes_api import KubernetesApi
 from distlm.run_folder import RunFolder, read_json
+from distlm.view.plain import PlainView
 
 CONFIG: dict[str, Any] = {
     "name": "tiny",
@@ -394,8 +396,9 @@ def test_a_command_that_fails_in_the_head_pod_deletes_nothing(api: KubeApi, run:
     job = sent(run)
     api.set_status("rayjobs", name_of(job), RUNNING)
     add_pod(api, job, "head", "h-1", phase="Running")
-    api.on_exec(lambda pod, command: ("", 3))
-    KubernetesLauncher().cancel(job, saves=True)
+    for code, is_asked in ((3, True), (2, False), (0, False)):  # the run's folder is not there yet; it had ended before
+        api.on_exec(lambda pod, command, code=code: ("", code))
+        assert KubernetesLauncher().cancel(job, saves=True) == is_asked
     assert len(api.objects("rayjobs")) == 1
 
     def vanish(pod: str, command: list[str]) -> tuple[str, int]:
@@ -478,6 +481,59 @@ def test_the_log_of_a_rank_comes_from_the_head_pod(api: KubeApi, run: RunFolder,
     api.forbid("get", "pods/exec")
     refused = cli("logs", "last", "--rank", "1")
     assert refused.returncode == ExitCode.BAD_INPUT and 'resource "pods/exec"' in refused.stderr
+
+
+def test_who_sees_a_run_fail_tells_kuberay(api: KubeApi, run: RunFolder, cli: Any) -> None:
+    """In the run's own folder, which is seen from here."""
+    job = sent(run)
+    end(run.attempts()[0], ExitCode.FAILED)
+    cli("status", "last")
+    assert api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] == 0
+
+
+def test_what_a_job_printed_before_the_log_of_its_run_hides_nothing(
+    api: KubeApi, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run whose folder is seen from here: its log comes seconds after the submitter's first line."""
+    job = sent(run)
+    api.set_status("rayjobs", name_of(job), RUNNING)
+    add_pod(api, job, "submitter", "s-1", phase="Running")
+    api.set_log(NAMESPACE, "s-1", "sent to Ray\n")
+    follower = _Follower(run, PlainView(sys.stdout))
+    assert follower._look(shows_ending=True) is None
+    run.attempts()[0].output_log.write_text("step 1\n")
+    follower._show_new_lines()
+    assert follower._look(shows_ending=True) is None
+    follower._show_new_lines()
+    with open(run.attempts()[0].output_log, "a") as log:
+        log.write("step 2\n")
+    follower._show_new_lines()
+    shown = capsys.readouterr().out
+    assert [shown.count(line) for line in ("sent to Ray", "step 1", "step 2")] == [1, 1, 1]
+
+
+def test_where_the_pods_have_a_run_that_is_on_their_storage(
+    api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever folder one is in, and whatever place an attempt was sent to before that was refused there."""
+    run = make_run(tmp_path / "project" / "runs", **{key: CONFIG[key] for key in ("resources", "kubernetes", "env")})
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    first = begin_attempt(load_tree(CONFIG), run, [])
+    Job("kubernetes", "distlm/a", folder="/storage/runs/elsewhere").write(first)
+    end(first, ExitCode.BAD_INPUT)
+    begin_attempt(load_tree(CONFIG), run, [])
+    monkeypatch.chdir("/")
+    settings = CONFIG["kubernetes"] | {"storage": {"mount_path": str(tmp_path)}}
+    request = KubernetesLauncher().build(load_tree({**CONFIG, "kubernetes": settings}).config, run)
+    assert request.ray_job["metadata"]["annotations"]["distlm/run-folder"] == str(run.path)
+
+
+def test_a_run_whose_storage_is_taken_away_is_told(run: RunFolder) -> None:
+    Job("kubernetes", "distlm/a", folder="/storage/runs/x").write(run.attempts()[0])
+    with pytest.raises(
+        InputError, match="the run is in /storage/runs/x of the pods, which is on none of their storage"
+    ):
+        built(run, storage={"mount_path": "/other"})
 
 
 def test_a_deleted_run_that_has_ended_keeps_its_result(api: KubeApi, run: RunFolder, cli: Any) -> None:

@@ -3,6 +3,7 @@ before anything is sent."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,23 @@ def test_variables_of_the_config_are_those_of_the_pods(
     monkeypatch.delenv("DATA")
     if "kubernetes.env" in override:
         assert load_tree(tree, [override]).config.data.train[0].paths == paths
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["env=[{HF_TOKEN: x}]", "kubernetes.pod_template={spec: {containers: 3}}",
+     "kubernetes.pod_template={spec: {containers: [{name: ray-head, env: [{name: [a]}]}]}}", "kubernetes.env=[a]"],
+)  # fmt: skip
+def test_what_is_no_config_at_all_is_no_crash(override: str) -> None:
+    with contextlib.suppress(InputError):
+        load_tree(CONFIG, [override])
+
+
+def test_a_variable_of_the_pods_may_name_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("B", raising=False)
+    tree = {**CONFIG, "name": "${A}", "kubernetes": {**CONFIG["kubernetes"], "env": {"A": "a-${B}", "B": "b"}}}
+    config = load_tree(tree).config
+    assert (config.name, config.kubernetes.env) == ("a-b", {"A": "a-b", "B": "b"})
 
 
 def test_the_example_of_the_page() -> None:
