@@ -81,11 +81,14 @@ def end_if_final(run: RunFolder, known: KnownJob, lines: Sequence[str]) -> bool:
 
 
 def tell_target_of_end(run: RunFolder) -> None:
-    """A run that has ended for good, without success, is not to be begun again by a target that does not know it."""
-    attempts = run.attempts()
-    job, result = (Job.read(attempts[-1]), read_json(attempts[-1].result_json)) if attempts else (None, None)
-    if job is not None and result is not None and result["exit_code"] not in (*JOB_GOES_ON_AFTER, ExitCode.SUCCEEDED):
-        KnownJob(job, JobStatus(JobState.UNKNOWN)).no_more_starts()
+    """A run that has ended for good, without success, is not to be begun again by a target that does not know it. What
+    is damaged, or does not answer, is left as it is."""
+    with suppress(DistlmError):
+        attempts = run.attempts()
+        job, result = (Job.read(attempts[-1]), read_json(attempts[-1].result_json)) if attempts else (None, None)
+        code = result.get("exit_code") if isinstance(result, dict) else None
+        if job is not None and code is not None and code not in (*JOB_GOES_ON_AFTER, ExitCode.SUCCEEDED):
+            KnownJob(job, JobStatus(JobState.UNKNOWN)).no_more_starts()
 
 
 def _settle(run: RunFolder, known: KnownJob) -> None:
