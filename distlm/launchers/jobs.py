@@ -3,9 +3,11 @@ it has ended without having done it itself."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from distlm.errors import Cause, DistlmError, ExitCode
 from distlm.launchers.base import JOB_GOES_ON_AFTER, Job, JobState, JobStatus
@@ -16,6 +18,8 @@ from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, lease_holder, read_json, write_atomically, write_json
 
 _MAX_LOG_LINES = 5
+_BEGINS_AGAIN_WITHIN_S = 3600.0
+"""Of an end; later a target has begun the job again, or does not, and is not asked in vain by who cannot reach it."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,13 @@ def tell_target_of_end(run: RunFolder) -> None:
         attempts = run.attempts()
         job, result = (Job.read(attempts[-1]), read_json(attempts[-1].result_json)) if attempts else (None, None)
         code = result.get("exit_code") if isinstance(result, dict) else None
-        if job is not None and code is not None and code not in (*JOB_GOES_ON_AFTER, ExitCode.SUCCEEDED):
+        is_final = isinstance(code, int) and code not in (*JOB_GOES_ON_AFTER, ExitCode.SUCCEEDED)
+        if job is not None and is_final and _age_s(attempts[-1].result_json) < _BEGINS_AGAIN_WITHIN_S:
             KnownJob(job, JobStatus(JobState.UNKNOWN)).no_more_starts()
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def _settle(run: RunFolder, known: KnownJob) -> None:

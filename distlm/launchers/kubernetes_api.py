@@ -299,7 +299,10 @@ def _by_account() -> Any:
     try:
         config.load_incluster_config(client_configuration=configuration)
     except ConfigException:
-        raise InputError("no cluster is known here: there is no kubeconfig, and this is no pod") from None
+        raise InputError(
+            "no cluster is known here: there is no kubeconfig, and this is no pod; let KUBECONFIG name one, or "
+            "apply what distlm render prints where kubectl has one"
+        ) from None
     return _patient(configuration)
 
 

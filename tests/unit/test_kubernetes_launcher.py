@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from distlm.config.load import load_tree
 from distlm.errors import ExitCode, InfrastructureError, InputError
 from distlm.launchers.base import Job, JobState
 from distlm.launchers.carried import RESULT_PREFIX
+from distlm.launchers.jobs import tell_target_of_end
 from distlm.launchers.kubernetes import KubernetesLauncher, KubernetesRequest
 from distlm.launchers.kubernetes_api import KubernetesApi
 from distlm.run_folder import RunFolder, read_json
@@ -568,6 +570,7 @@ def test_an_api_that_breaks_off_again_and_again(
 
 FOLLOW = """
 import sys
+import time
 from distlm.cli import main
 from distlm.commands import follow
 
@@ -636,3 +639,22 @@ def test_a_run_is_followed_to_its_end(api: KubeApi, tmp_path: Path) -> None:
     text = "".join(shown) + rest
     assert [text.count(part) for part in ("attempt 1", "step 1", "attempt 2", "step 2", "the last line")] == [1] * 5
     assert RESULT_PREFIX not in text
+
+
+@pytest.mark.parametrize("result", ['{"exit_code": 1', "[1]", '"1"', '{"exit_code": "1"}', '{"exit_code": 75}', ""])
+def test_only_an_end_for_good_that_can_be_read_is_told(api: KubeApi, run: RunFolder, result: str) -> None:
+    job = sent(run)
+    run.attempts()[-1].result_json.write_text(result)
+    tell_target_of_end(run)
+    assert api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] > 0
+
+
+def test_an_end_for_good_is_told_while_it_is_new(api: KubeApi, run: RunFolder) -> None:
+    """Who cannot reach the cluster any more is not to wait for it."""
+    job = sent(run)
+    end(run.attempts()[-1], ExitCode.FAILED)
+    result_json, now_s = run.attempts()[-1].result_json, time.time()
+    for age_s, limit_is_zero in ((2 * 86400, False), (0, True)):
+        os.utime(result_json, (now_s - age_s, now_s - age_s))
+        tell_target_of_end(run)
+        assert (api.object("rayjobs", name_of(job))["spec"]["backoffLimit"] == 0) == limit_is_zero
