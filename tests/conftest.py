@@ -8,7 +8,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     chaos = parser.getgroup("chaos", "tests/integration/test_chaos.py")
     chaos.addoption("--chaos-seed", type=int, default=1, help="seed of the faults and their moments")
-    chaos.addoption("--chaos-faults", type=int, default=7, help="how many faults; 100 for a night")
+    chaos.addoption("--chaos-faults", type=int, default=5, help="how many faults; 100 for a night")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
