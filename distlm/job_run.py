@@ -30,12 +30,12 @@ from distlm.outcome import Outcome
 from distlm.run_folder import (
     AttemptFolder,
     RunFolder,
-    is_there,
     lease,
     new_run_id,
     read_json,
     read_yaml,
     runs_in,
+    user_request,
     write_atomically,
 )
 from distlm.run_reference import pin_references
@@ -212,12 +212,6 @@ def _end_newest(run: RunFolder, why: str) -> DistlmError | None:
     asked = (Preempted if request.get("save") else Cancelled)(f"asked to end by distlm cancel; {why}")
     end_abandoned(newest, Outcome.of(asked))
     return asked
-
-
-def user_request(attempt: AttemptFolder) -> dict[str, Any] | None:
-    """What `distlm cancel` has asked of the attempt; None: nothing, or it was a pod that is about to end."""
-    request = read_json(attempt.cancel_json) if is_there(attempt.cancel_json) else None
-    return request if isinstance(request, dict) and "reason" not in request else None
 
 
 def jobs_of(run: RunFolder, name: JobName) -> list[Job]:

@@ -30,14 +30,13 @@ from distlm.job_run import (
     next_attempt,
     run_of_config,
     run_of_files,
-    user_request,
 )
 from distlm.launchers.base import Job
 from distlm.launchers.carried import ATTEMPT_FILES, JOB, line_of_error, result_line
 from distlm.launchers.local import LocalLauncher, require_packages
 from distlm.launchers.supervise import wait_for_attempt
 from distlm.launchers.targets import queue_launcher
-from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json, write_yaml
+from distlm.run_folder import AttemptFolder, RunFolder, is_there, read_json, user_request, write_yaml
 from distlm.view.kept import KeptView
 from distlm.view.plain import PlainView
 

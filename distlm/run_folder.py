@@ -329,6 +329,12 @@ class RunFolder:
         return attempt
 
 
+def user_request(attempt: AttemptFolder) -> dict[str, Any] | None:
+    """What `distlm cancel` has asked of the attempt; None: nothing, or it was a pod that is about to end."""
+    request = read_json(attempt.cancel_json) if is_there(attempt.cancel_json) else None
+    return request if isinstance(request, dict) and "reason" not in request else None
+
+
 def runs_in(runs_dir: Path) -> list[RunFolder]:
     """Every folder that is, or was to become, a run's: newest first, and last those whose name is no id. Raises OSError
     if the folder cannot be read."""

@@ -20,7 +20,7 @@ from distlm.commands.find import find_run
 from distlm.console import say
 from distlm.errors import Cause, ExitCode, InputError
 from distlm.launchers.base import JobState
-from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job
 from distlm.launchers.local import end_abandoned, tell_mlflow
 from distlm.outcome import Outcome
 from distlm.run_folder import AttemptFolder, RunFolder, is_there, process_name, read_json, write_json
@@ -55,7 +55,7 @@ def cancel(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.timeout
     if job is not None:
         job.no_more_starts()
-    is_elsewhere, is_asked = job is not None and job.is_elsewhere(run), False
+    is_elsewhere, is_asked = job is not None and job.job.is_elsewhere(run), False
     look_s = time.monotonic() + (0 if is_elsewhere else _SIGN_OF_LIFE_S)
     while not is_there(attempt.result_json):
         if time.monotonic() >= deadline:
@@ -78,7 +78,7 @@ def _end_out_of_sight(run: RunFolder, attempt: AttemptFolder, *, saves: bool, is
     if job is None or not job.is_alive or is_there(attempt.handle_json):
         return is_asked
     is_asked = is_asked or job.cancel(saves=saves)
-    end_if_final(run, job, job_output(run, job.job).splitlines())
+    end_if_final(run, job)
     return is_asked
 
 

@@ -46,7 +46,7 @@ from distlm.config.load import expanded
 from distlm.console import printable, say, shown_path
 from distlm.errors import DistlmError, ExitCode, InputError
 from distlm.launchers.base import Job, JobState, JobStatus
-from distlm.launchers.jobs import KnownJob, end_if_final, find_job, job_output, tell_target_of_end
+from distlm.launchers.jobs import KnownJob, end_if_final, find_job, tell_target_of_end
 from distlm.metrics_file import finite, read_backwards
 from distlm.mlflow_store import choose_tracking_uri, mlflow_run_id
 from distlm.outcome import Retry, on_rank
@@ -101,10 +101,10 @@ def _with_job(one: RunStatus) -> tuple[RunStatus, KnownJob | None]:
         return one, None
     if not job.is_alive:  # if it has left no result, there is one now
         return run_status(one.run) if one.state in ("starting", "lost") else one, job
-    if job.is_elsewhere(one.run) and end_if_final(one.run, job, job_output(one.run, job.job).splitlines()):
+    if job.job.is_elsewhere(one.run) and end_if_final(one.run, job):
         return run_status(one.run), job
     state = str(job.status.state)
-    if job.status.state == JobState.RUNNING and not job.is_elsewhere(one.run):
+    if job.status.state == JobState.RUNNING and not job.job.is_elsewhere(one.run):
         state = "starting"
     attempts = one.attempts
     if attempts and not attempts[-1].result:

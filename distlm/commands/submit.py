@@ -78,7 +78,7 @@ def resume(options: argparse.Namespace) -> int:
     loaded, changes = changed_config(run, overrides, check_for_target)
     _check_machine(loaded.config)
     job = find_job(run)
-    if job is not None and job.is_elsewhere(run) and job.status.state == JobState.UNKNOWN:
+    if job is not None and job.job.is_elsewhere(run) and job.status.state == JobState.UNKNOWN:
         raise InputError(
             f"whether a job of run {run.run_id} runs is not known: {job.status.reason}; if its cluster is gone, delete "
             f"{run.attempts()[-1].job_json}"
@@ -118,9 +118,7 @@ def _require_checkpoints(run: RunFolder, config: RunConfig) -> None:
 def _may_have_saved_elsewhere(attempt: AttemptFolder) -> bool:
     """Its job had the run's folder at another place, and has not told how far it came."""
     job, result = Job.read(attempt), read_json(attempt.result_json)
-    is_elsewhere = (
-        job is not None and job.folder not in ("", str(attempt.run.path)) and not attempt.handle_json.exists()
-    )
+    is_elsewhere = job is not None and job.is_elsewhere(attempt.run) and not attempt.handle_json.exists()
     return is_elsewhere and not (isinstance(result, dict) and NEWEST_STEP in result)
 
 

@@ -98,6 +98,10 @@ class Job:
     ray_cluster: str = ""
     """That KubeRay made for this start."""
 
+    def is_elsewhere(self, run: RunFolder) -> bool:
+        """It is known to have the run's folder at another place than here."""
+        return self.folder not in ("", str(run.path))
+
     def write(self, folder: AttemptFolder) -> None:
         write_json(folder.job_json, asdict(self))
 

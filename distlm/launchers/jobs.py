@@ -15,7 +15,16 @@ from distlm.launchers.carried import RESULT_PREFIX, result_in
 from distlm.launchers.local import end_abandoned, tell_mlflow
 from distlm.launchers.targets import queue_launcher
 from distlm.outcome import Outcome
-from distlm.run_folder import AttemptFolder, RunFolder, is_there, lease_holder, read_json, write_atomically, write_json
+from distlm.run_folder import (
+    AttemptFolder,
+    RunFolder,
+    is_there,
+    lease_holder,
+    read_json,
+    user_request,
+    write_atomically,
+    write_json,
+)
 
 _MAX_LOG_LINES = 5
 _BEGINS_AGAIN_WITHIN_S = 3600.0
@@ -33,10 +42,6 @@ class KnownJob:
     def is_alive(self) -> bool:
         """It runs the attempt, or is going to run it or the next one."""
         return self.status.state.is_alive
-
-    def is_elsewhere(self, run: RunFolder) -> bool:
-        """It is known to have the run's folder at another place than here."""
-        return self.job.folder not in ("", str(run.path))
 
     def cancel(self, *, saves: bool) -> bool:
         """See `distlm.launchers.base.QueueLauncher`. Raises DistlmError where the target refuses."""
@@ -71,12 +76,15 @@ def find_job(run: RunFolder) -> KnownJob | None:
     return known
 
 
-def end_if_final(run: RunFolder, known: KnownJob, lines: Sequence[str]) -> bool:
+def end_if_final(run: RunFolder, known: KnownJob, lines: Sequence[str] | None = None) -> bool:
     """Whether the job's output says that the run has ended for good, while its target is about to begin it again: then
-    the result is written, and the target told not to."""
-    attempt, result = run.attempts()[-1], result_in(lines)
-    is_final = result is not None and result.get("exit_code") not in JOB_GOES_ON_AFTER
-    if not (is_final and known.is_alive) or is_there(attempt.result_json):
+    the result is written, and the target told not to. `lines`: of the output; None: they are asked for."""
+    attempt = run.attempts()[-1]
+    if not known.is_alive or is_there(attempt.result_json):
+        return False
+    lines = job_output(run, known.job).splitlines() if lines is None else lines
+    result = result_in(lines)
+    if result is None or result.get("exit_code") in JOB_GOES_ON_AFTER:
         return False
     known.no_more_starts()
     _keep(lines, attempt)
@@ -114,7 +122,7 @@ def _settle(run: RunFolder, known: KnownJob) -> None:
     last_lines = last_lines or "; nothing that it has printed can be read here"
     message = f"the {known.job.target} job {known.job.id} has ended without a result ({known.status}){last_lines}"
     state = known.status.state
-    if state == JobState.FAILED and is_there(attempt.cancel_json):
+    if state == JobState.FAILED and user_request(attempt) is not None:
         state = JobState.CANCELLED
     match state:
         case JobState.CANCELLED:

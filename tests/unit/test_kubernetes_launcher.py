@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import made_runs
 import pytest
 from kube_api import NAMESPACE, KubeApi
 from made_runs import clean_environment as environment
@@ -27,15 +28,11 @@ from distlm.launchers.carried import RESULT_PREFIX
 from distlm.launchers.jobs import tell_target_of_end
 from distlm.launchers.kubernetes import KubernetesLauncher, KubernetesRequest
 from distlm.launchers.kubernetes_api import KubernetesApi
-from distlm.run_folder import RunFolder, read_json
+from distlm.run_folder import RunFolder, read_json, write_json
 from distlm.view.plain import PlainView
 
 CONFIG: dict[str, Any] = {
-    "name": "tiny",
-    "model": {"config": {"model_type": "bert"}},
-    "tokenizer": {"train": {"vocab_size": 1000}},
-    "data": {"train": [{"source": "python-docs"}]},
-    "training": {"max_steps": 100},
+    **made_runs.CONFIG,
     "resources": {"num_workers": 2, "target": "kubernetes"},
     "kubernetes": {"image": "distlm:0.1.0-cpu", "worker_pods": 2},
     "env": ["SECRET_OF_MINE"],
@@ -536,6 +533,19 @@ def test_a_run_whose_storage_is_taken_away_is_told(run: RunFolder) -> None:
         InputError, match="the run is in /storage/runs/x of the pods, which is on none of their storage"
     ):
         built(run, storage={"mount_path": "/other"})
+
+
+@pytest.mark.parametrize(
+    ("request_json", "state"),
+    [({"save": True, "reason": "the head pod is about to end"}, "infrastructure"), ({"save": True}, "cancelled")],
+)
+def test_a_pod_that_ends_is_no_cancel_by_the_user(
+    api: KubeApi, run: RunFolder, cli: Any, request_json: dict[str, Any], state: str
+) -> None:
+    job = sent(run)
+    write_json(run.attempts()[0].cancel_json, request_json)
+    api.delete("rayjobs", name_of(job))
+    assert json.loads(cli("status", "last", "--json").stdout)["state"] == state
 
 
 def test_a_deleted_run_that_has_ended_keeps_its_result(api: KubeApi, run: RunFolder, cli: Any) -> None:
